@@ -1,0 +1,195 @@
+"""Attempts of the ledger → the result columns of the output. Everything here can be derived again for nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from itertools import groupby
+from typing import Any
+
+import pyarrow as pa
+
+from batchrun.columns import build
+from batchrun.money import COST_SOURCES
+from batchrun.records import Answer, Slot, StandingAttempt
+from batchrun.wire import read_answer
+
+_COLUMNS: tuple[tuple[str, pa.DataType], ...] = (
+    ("response", pa.string()),
+    ("finish_reason", pa.string()),
+    ("finish_reason_raw", pa.string()),
+    ("prompt_tokens", pa.int64()),
+    ("completion_tokens", pa.int64()),
+    ("total_tokens", pa.int64()),
+    ("cached_tokens", pa.int64()),
+    ("reasoning_tokens", pa.int64()),
+    ("usd_spent", pa.float64()),
+    ("cost_source", pa.string()),
+    ("unknown_attempts", pa.int64()),
+    ("requested_model", pa.string()),
+    ("model", pa.string()),
+    ("status", pa.string()),
+    ("error", pa.string()),
+    ("flags", pa.list_(pa.string())),
+    ("reasoning", pa.string()),
+    ("tool_calls", pa.string()),
+    ("attempts", pa.int64()),
+    ("latency_seconds", pa.float64()),
+    ("request_id", pa.string()),
+    ("client_request_id", pa.string()),
+    ("request_key", pa.string()),
+    ("run_id", pa.string()),
+    ("finished_at", pa.timestamp("us", tz="UTC")),
+)
+_FIRST_TOKEN = ("first_token_seconds", pa.float64())
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+def result_schema(*, streamed: bool, prefix: str = "") -> pa.Schema:
+    """The result columns: from the job alone, so that every run of a job has the same."""
+    columns = (*_COLUMNS, _FIRST_TOKEN) if streamed else _COLUMNS
+    return pa.schema([(prefix + name, kind) for name, kind in columns])
+
+
+@dataclass
+class Counts:
+    """What the rows of an output add up to."""
+
+    ok: int = 0
+    failed: int = 0
+    pending: int = 0
+    usd: Decimal = Decimal(0)
+
+    @property
+    def rows(self) -> int:
+        """All of them."""
+        return self.ok + self.failed + self.pending
+
+
+class Results:
+    """Builds result columns, batch by batch.
+
+    Args:
+        models: the requested model of each row's slots: as in the job, in its order.
+        requested: what the job calls each of them.
+    """
+
+    def __init__(
+        self,
+        schema: pa.Schema,
+        *,
+        run_id: str,
+        models: Sequence[str],
+        requested: Mapping[str, str],
+        prefix: str = "",
+    ) -> None:
+        self.schema = schema
+        self.counts = Counts()
+        self._run_id = run_id
+        self._models = models
+        self._requested = requested
+        self._prefix = prefix
+
+    def batch(
+        self, start: int, rows: int, attempts: Iterable[StandingAttempt], faults: Mapping[Slot, str]
+    ) -> pa.RecordBatch:
+        """The result columns of input rows `start` ≤ index < `start + rows`, a row per slot."""
+        by_slot = self._by_slot(attempts)
+        waiting = next(by_slot, None)
+        records = []
+        for row_index in range(start, start + rows):
+            for model in self._models:
+                slot = Slot(row_index, model)
+                of_slot: list[StandingAttempt] = []
+                # Attempts of another model than the job's have no row here: they sort before or after.
+                while waiting is not None and waiting[0] <= slot:
+                    of_slot = waiting[1] if waiting[0] == slot else of_slot
+                    waiting = next(by_slot, None)
+                records.append(self._record(slot, of_slot, faults.get(slot)))
+        columns = [
+            build([record.get(field.name.removeprefix(self._prefix)) for record in records], field.type)
+            for field in self.schema
+        ]
+        return pa.RecordBatch.from_arrays(columns, schema=self.schema)
+
+    @staticmethod
+    def _by_slot(attempts: Iterable[StandingAttempt]) -> Iterator[tuple[Slot, list[StandingAttempt]]]:
+        for slot, of_slot in groupby(attempts, key=lambda attempt: attempt.slot):
+            yield slot, list(of_slot)
+
+    def _record(self, slot: Slot, attempts: list[StandingAttempt], fault: str | None) -> dict[str, Any]:
+        record: dict[str, Any] = {
+            "requested_model": self._requested[slot.model],
+            "run_id": self._run_id,
+            "attempts": len(attempts),
+            "unknown_attempts": sum(attempt.usd is None for attempt in attempts),
+            "flags": [],
+            **_spent(attempts),
+        }
+        for attempt in attempts:
+            self.counts.usd += attempt.usd or 0
+        answered = next((attempt for attempt in attempts if attempt.outcome == "ok"), None)
+        if fault is not None and answered is None:
+            self.counts.failed += 1
+            return record | {"status": "failed", "error": f"not_rendered: {fault}"}
+        if not attempts:
+            self.counts.pending += 1
+            return record | {"status": "pending"}
+        decisive = answered or attempts[-1]
+        record |= {
+            "request_id": decisive.request_id,
+            "client_request_id": decisive.client_request_id,
+            "request_key": decisive.key,
+            "finished_at": _EPOCH + timedelta(microseconds=decisive.settled_at),
+        }
+        if answered is not None:
+            self.counts.ok += 1
+            return record | _answer_columns(answered) | {"status": "ok"}
+        is_failed = any(attempt.is_final for attempt in attempts)
+        self.counts.failed += is_failed
+        self.counts.pending += not is_failed
+        return record | {"status": "failed" if is_failed else "pending", "error": decisive.error}
+
+
+def _answer_columns(attempt: StandingAttempt) -> dict[str, Any]:
+    prompt, completion, total, cached, reasoning = attempt.usage
+    columns: dict[str, Any] = {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": total,
+        "cached_tokens": cached,
+        "reasoning_tokens": reasoning,
+        "flags": list(attempt.flags),
+        "latency_seconds": attempt.latency_seconds,
+        "first_token_seconds": attempt.first_token_seconds,
+    }
+    if attempt.body is None:
+        return columns
+    answer = read_answer(attempt.body, {}, streamed=attempt.streamed)
+    if isinstance(answer, Answer):
+        columns |= {
+            "response": answer.text,
+            "finish_reason": answer.finish_reason,
+            "finish_reason_raw": answer.finish_reason_raw,
+            "model": answer.model,
+            "reasoning": answer.reasoning,
+            "tool_calls": json.dumps(answer.tool_calls, ensure_ascii=False) if answer.tool_calls else None,
+        }
+    return columns
+
+
+def _spent(attempts: Sequence[StandingAttempt]) -> dict[str, Any]:
+    """A row's dollars, and where they come from: the weakest source among the attempts that cost something."""
+    known = [(attempt.usd, attempt.cost_source) for attempt in attempts if attempt.usd is not None]
+    if not known:
+        return {"usd_spent": None, "cost_source": None}
+    sources = [source for usd, source in known if usd] or [
+        attempt.cost_source for attempt in attempts if attempt.outcome == "ok" and attempt.usd is not None
+    ] or [source for _, source in known]  # fmt: skip
+    return {
+        "usd_spent": float(sum((usd for usd, _ in known), Decimal(0))),
+        "cost_source": max(sources, key=lambda source: COST_SOURCES.index(source or "not_billed")),
+    }

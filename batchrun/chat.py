@@ -1,0 +1,242 @@
+"""Request → exchange over HTTP: the only room that opens a connection.
+
+It builds an `httpx.Request` and hands it straight to a transport, past the layers of `httpx.AsyncClient` that cost
+most and do nothing here (cookies, redirects, auth). Redirects are therefore never followed, with the key or without.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from types import TracebackType
+
+import aiohttp
+import httpx
+from httpx_aiohttp import AiohttpTransport
+
+from batchrun import __version__
+from batchrun.failures import read_failure, request_id_of
+from batchrun.money import LOCAL, NOT_BILLED, UNKNOWN, Cost, Price
+from batchrun.providers import Endpoint
+from batchrun.records import Action, Answer, Exchange, Failure, Intent
+from batchrun.wire import AnswerReader
+
+_CONNECT_SECONDS = 10.0
+_KEEPALIVE_SECONDS = 15.0
+_ENCODINGS = ("gzip", "deflate", "identity", "")
+_MOST_ERROR_BYTES = 1024 * 1024
+
+
+class ChatSender:
+    """Sends requests to one endpoint.
+
+    Args:
+        price: of the job; used where the provider reports no cost.
+        timeout_seconds: the whole of one attempt, keep-alives notwithstanding.
+        transport: for tests; default is aiohttp's.
+    """
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        *,
+        concurrency: int,
+        timeout_seconds: float,
+        max_response_bytes: int,
+        streamed: bool,
+        price: Price | None = None,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        self._endpoint = endpoint
+        self._url = httpx.URL(f"{endpoint.base_url}/chat/completions")
+        self._headers = httpx.Headers(
+            {
+                "Accept": "text/event-stream" if streamed else "application/json",
+                "Accept-Encoding": "gzip, deflate",
+                "Content-Type": "application/json",
+                "Host": self._url.netloc.decode("ascii"),
+                "User-Agent": f"batchrun/{__version__}",
+                **endpoint.headers,
+            }
+        )
+        self._secrets = [secret.encode() for secret in endpoint.secrets]
+        self._timeout_seconds = timeout_seconds
+        self._max_bytes = max_response_bytes
+        self._streamed = streamed
+        self._price = price
+        self._transport = transport or AiohttpTransport(client=lambda: _session(concurrency))
+        self._extensions = {"timeout": httpx.Timeout(None, connect=min(_CONNECT_SECONDS, timeout_seconds)).as_dict()}
+
+    async def __aenter__(self) -> ChatSender:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._transport.aclose()
+
+    async def send(self, intent: Intent) -> Exchange:
+        """Send one request. What goes wrong on the way is a value in the exchange, never an exception."""
+        body = intent.request.body
+        headers = self._headers.copy()
+        headers["Content-Length"] = str(len(body))
+        headers["X-Client-Request-Id"] = intent.client_request_id
+        request = httpx.Request("POST", self._url, headers=headers, content=body, extensions=self._extensions)
+        reception = _Reception(time.monotonic())
+        try:
+            async with asyncio.timeout(self._timeout_seconds):
+                response = await self._transport.handle_async_request(request)
+                reception.status = response.status_code
+                reception.headers = {name.lower(): value for name, value in response.headers.items()}
+                try:
+                    await self._receive(response, reception)
+                finally:
+                    await response.aclose()
+        except TimeoutError:
+            reception.broke = Failure(
+                "timeout",
+                Action.RETRY,
+                f"no whole answer within timeout_seconds ({self._timeout_seconds:g} s)",
+            )
+        except httpx.TimeoutException as exc:
+            reception.broke = self._broken(exc, "timeout")
+        except (httpx.TransportError, httpx.DecodingError, aiohttp.ClientError, OSError, ValueError) as exc:
+            reception.broke = self._broken(exc, "disconnect")
+        return self._exchange(reception)
+
+    async def _receive(self, response: httpx.Response, reception: _Reception) -> None:
+        encoding = reception.headers.get("content-encoding", "").lower().strip()
+        if encoding not in _ENCODINGS:
+            reception.broke = Failure(
+                "malformed", Action.RETRY, f"the answer's encoding {encoding[:40]!r} was not asked for"
+            )
+            return
+        is_success = 200 <= response.status_code < 300
+        most = self._max_bytes if is_success else min(self._max_bytes, _MOST_ERROR_BYTES)
+        if is_success:
+            reception.reader = AnswerReader(
+                reception.headers, streamed=self._streamed, cost_in_usage=self._endpoint.cost_in_usage
+            )
+        size = 0
+        async for piece in response.aiter_bytes():
+            size += len(piece)
+            if size > most:
+                reception.broke = Failure(
+                    "malformed", Action.REJECT, f"the answer is longer than max_response_bytes ({most})"
+                ) if is_success else None  # fmt: skip
+                return
+            reception.pieces.append(piece)
+            reader = reception.reader
+            if reader is not None and self._streamed:
+                reader.feed(piece)
+                if reception.first_token is None and reader.has_content:
+                    reception.first_token = time.monotonic()
+                if reader.is_done:
+                    return  # some servers keep the connection open after [DONE]
+
+    def _exchange(self, reception: _Reception) -> Exchange:
+        raw = self._scrubbed(b"".join(reception.pieces))
+        latency = time.monotonic() - reception.started
+        first = reception.first_token
+        base = Exchange(
+            "unknown",
+            status=reception.status,
+            body=raw,
+            streamed=self._streamed,
+            request_id=request_id_of(reception.headers),
+            latency_seconds=latency,
+            first_token_seconds=first - reception.started if first is not None else None,
+        )
+        if reception.status is None:
+            failure = reception.broke
+            assert failure is not None
+            was_sent = failure.kind != "connect"
+            if was_sent:
+                return replace(base, failure=failure)
+            return replace(base, outcome="failed", failure=failure, cost=NOT_BILLED)
+        reader = reception.reader
+        if reader is None:
+            # An HTTP error answer is not billed, even if the connection broke while it came.
+            failure = reception.broke or read_failure(reception.status, reception.headers, raw)
+            return replace(base, outcome="failed", failure=failure, cost=NOT_BILLED)
+        if not self._streamed:
+            reader.feed(raw)
+        result = reader.close(reception.broke)
+        if isinstance(result, Answer):
+            return replace(
+                base, outcome="ok", answer=result, usage=result.usage, cost=self._cost(result), flags=result.flags
+            )
+        never_came = result is reception.broke or result.kind == "incomplete_stream"
+        return replace(
+            base,
+            outcome="unknown" if never_came else "failed",
+            failure=result,
+            usage=reader.usage,
+            cost=self._failed_cost(reader),
+        )
+
+    def _cost(self, answer: Answer) -> Cost:
+        if self._endpoint.name == "local":
+            return LOCAL
+        if answer.usd is not None:
+            return Cost(answer.usd, answer.usd_source)
+        if self._price is not None and (usd := self._price.usd(answer.usage)) is not None:
+            return Cost(usd, "job")
+        return LOCAL if self._endpoint.is_free and self._price is None else UNKNOWN
+
+    def _failed_cost(self, reader: AnswerReader) -> Cost:
+        """A 2xx that brought no answer: what the provider reports; nothing, if it brought only an error."""
+        usd, source = reader.reported_cost()
+        if usd is not None:
+            return Cost(usd, source)
+        if self._endpoint.is_free and self._price is None:
+            return LOCAL
+        return NOT_BILLED if reader.is_bare_error else UNKNOWN
+
+    def _broken(self, exc: Exception, kind: str) -> Failure:
+        """A connection that failed. Only one that was never made is known to have cost nothing."""
+        cause = exc.__cause__ or exc
+        message = self._scrub_text(f"{type(cause).__name__}: {cause}".rstrip(": "))
+        if isinstance(cause, (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)) or (
+            isinstance(exc, (httpx.ConnectError, httpx.ConnectTimeout)) and exc.__cause__ is None
+        ):
+            return Failure("connect", Action.RETRY, message)
+        if isinstance(exc, (httpx.UnsupportedProtocol, httpx.LocalProtocolError, httpx.ProxyError)):
+            return Failure("connect", Action.RETRY, message)
+        return Failure(kind, Action.RETRY, message)
+
+    def _scrubbed(self, raw: bytes) -> bytes:
+        """A server may echo the key, in an error above all; it must not reach the ledger."""
+        for secret in self._secrets:
+            if secret in raw:
+                raw = raw.replace(secret, b"[secret]")
+        return raw
+
+    def _scrub_text(self, text: str) -> str:
+        return self._scrubbed(text.encode("utf-8", "replace")).decode("utf-8", "replace")
+
+
+class _Reception:
+    """What has come of an answer so far."""
+
+    def __init__(self, started: float) -> None:
+        self.started = started
+        self.status: int | None = None
+        self.headers: Mapping[str, str] = {}
+        self.pieces: list[bytes] = []
+        self.reader: AnswerReader | None = None
+        self.first_token: float | None = None
+        self.broke: Failure | None = None
+
+
+def _session(concurrency: int) -> aiohttp.ClientSession:
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(
+            limit=concurrency, keepalive_timeout=_KEEPALIVE_SECONDS, ssl=httpx.create_ssl_context()
+        ),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        timeout=aiohttp.ClientTimeout(total=None),
+        trust_env=True,
+    )

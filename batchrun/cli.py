@@ -1,0 +1,205 @@
+"""The command line: `batchrun jobs/eval.yaml` and its sisters. stdout carries data, stderr carries talk."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from batchrun import __version__
+from batchrun.errors import BatchrunError, ExitCode
+
+# Whatever takes long to import is imported by the command that needs it: `--help` and a refused job are instant.
+
+_EPILOG = """\b
+Exit codes:
+  0    every row has an answer
+  1    finished; some rows failed, or the input changed under the run
+  2    the job, its input or the command line is wrong; nothing was sent
+  3    stopped by a limit of the job; run again to go on
+  4    the provider refused the account or cannot be reached; what was done is kept
+  5    another process holds this job's ledger
+  6    the ledger or the output could not be written
+  70   one of batchrun's own promises was broken: a bug
+  130, 143   interrupted; run again to go on
+"""
+
+
+class _Commands(click.Group):
+    """A group whose default command is `run`, so that `batchrun jobs/eval.yaml` works."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in self.commands:
+            args = ["run", *args]
+        return super().resolve_command(ctx, args)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        # An option of `run` may stand before the job file.
+        if args and args[0].startswith("-") and args[0] not in ("--help", "-h", "--version"):
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+_JOB = click.argument("job", type=click.Path(path_type=Path), metavar="JOB")
+
+
+@click.group(
+    cls=_Commands, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]},
+    no_args_is_help=True,
+)  # fmt: skip
+@click.version_option(__version__, prog_name="batchrun")
+def cli() -> None:
+    """Run a prompt over every row of a table, and account for every cent.
+
+    `batchrun JOB` runs a job file, or goes on with its unfinished run: no answer is paid for twice.
+    """
+
+
+@cli.command()
+@_JOB
+@click.option("--retry-failed", is_flag=True, help="Ask the failed rows again.")
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object on stdout.")
+@click.option("--quiet", "-q", is_flag=True, help="No progress and no summary on stderr; errors only.")
+@click.option("--adopt-ledger", is_flag=True, help="Take over the ledger of a job file that has been moved or renamed.")
+def run(job: Path, retry_failed: bool, as_json: bool, quiet: bool, adopt_ledger: bool) -> None:
+    """Run a job, or go on with its unfinished run (the default command)."""
+    from batchrun.job import load_job
+    from batchrun.lock import held
+
+    loaded = load_job(job)
+    with held(loaded.ledger_path):
+        from batchrun.invocation import Options, run
+
+        summary = run(
+            loaded,
+            Options(retry_failed=retry_failed, adopt_ledger=adopt_ledger),
+            os.environ,
+            say=_silent if quiet else _say,
+            stream=None if quiet else sys.stderr,
+        )
+    _show(summary, as_json, quiet)
+    sys.exit(summary.exit_code)
+
+
+@cli.command()
+@_JOB
+@click.option("--rows", default=3, show_default=True, type=click.IntRange(0), help="How many rendered prompts to show.")
+def check(job: Path, rows: int) -> None:
+    """Validate a job, show its first prompts and count its rows; sends nothing."""
+    from batchrun.invocation import check
+    from batchrun.job import load_job
+
+    preview = check(load_job(job), os.environ, samples=rows)
+    for row_index, messages in preview.samples:
+        for message in messages:
+            content = message.get("content")
+            text = content if isinstance(content, str) else repr(content)
+            click.echo(f"row {row_index + 1}, {message.get('role')}: {_shortened(text.strip())}")
+    for fault in preview.faults:
+        click.echo(f"row {fault.slot.row_index + 1} would fail: {fault.error}")
+    if preview.fault_count > len(preview.faults):
+        click.echo(f"… and {preview.fault_count - len(preview.faults)} more rows would fail")
+    for warning in preview.warnings:
+        _say(f"warning: {warning}")
+    found = preview.job
+    failing = f", {preview.fault_count} of which give no prompt and would fail" if preview.fault_count else ""
+    click.echo(f"{found.name}: {preview.rows} rows{failing}; model {found.model} at {found.provider.name}")
+
+
+@cli.command()
+@_JOB
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object on stdout.")
+@click.option("--quiet", "-q", is_flag=True, help="No summary on stderr; errors only.")
+@click.option("--adopt-ledger", is_flag=True, help="Take over the ledger of a job file that has been moved or renamed.")
+def export(job: Path, as_json: bool, quiet: bool, adopt_ledger: bool) -> None:
+    """Write the Parquet of the newest run again, from the ledger, for nothing."""
+    from batchrun.job import load_job
+    from batchrun.lock import held
+
+    loaded = load_job(job)
+    with held(loaded.ledger_path):
+        from batchrun.invocation import export
+
+        summary = export(loaded, adopt=adopt_ledger)
+    _show(summary, as_json, quiet)
+
+
+@cli.command()
+@click.argument("data", type=click.Path(path_type=Path), metavar="DATA")
+@click.option("--output", "-o", type=click.Path(path_type=Path), help="The job file to write. Default: beside DATA.")
+def init(data: Path, output: Path | None) -> None:
+    """Write a commented job file for a data file (.csv, .tsv, .parquet, .jsonl)."""
+    from batchrun.starter import write_starter
+
+    click.echo(str(write_starter(data, output or data.with_name(f"{data.name.split('.')[0]}.yaml"))))
+
+
+@cli.command()
+def schema() -> None:
+    """Print the JSON Schema of a job file; editors complete and check from it."""
+    import json
+
+    from batchrun.job import json_schema
+
+    click.echo(json.dumps(json_schema(), indent=2, ensure_ascii=False))
+
+
+def main() -> None:
+    """Entry point: runs a command and turns errors into messages and exit codes."""
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        code = cli.main(standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as exc:
+        click.echo(exc.format_message(), err=True)
+        sys.exit(ExitCode.WRONG_JOB)
+    except click.ClickException as exc:
+        exc.show()
+        sys.exit(ExitCode.WRONG_JOB)
+    except (KeyboardInterrupt, click.Abort):
+        _say("interrupted; run again to go on")
+        sys.exit(ExitCode.INTERRUPTED)
+    except BatchrunError as exc:
+        _say(str(exc))
+        sys.exit(exc.exit_code)
+    except BrokenPipeError:
+        # Whoever read our stdout has gone; there is nobody to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(ExitCode.ROWS_FAILED)
+    except Exception:  # noqa: BLE001 - whatever is left is a bug, and must not look like failed rows
+        import traceback
+
+        traceback.print_exc()
+        _say(f"this is a bug in batchrun {__version__}: please report it with the lines above, and keep the ledger")
+        sys.exit(ExitCode.BUG)
+    sys.exit(code if isinstance(code, int) else ExitCode.OK)
+
+
+def _terminated(number: int, frame: Any) -> None:
+    """SIGTERM outside of the sending: leave through the `finally`s."""
+    sys.exit(ExitCode.TERMINATED)
+
+
+def _say(line: str) -> None:
+    click.echo(f"batchrun: {line}", err=True)
+
+
+def _silent(line: str) -> None:
+    """--quiet."""
+
+
+def _show(summary: Any, as_json: bool, quiet: bool) -> None:
+    if not quiet:
+        for line in summary.lines():
+            _say(line)
+    if as_json:
+        click.echo(summary.to_json())
+
+
+def _shortened(text: str, most: int = 500) -> str:
+    return text if len(text) <= most else f"{text[:most]}… ({len(text)} characters)"

@@ -1,0 +1,71 @@
+"""What can end a run, and the exit code of each.
+
+    BatchrunError
+    ├── JobError            2   the job, its input or the command line is wrong; nothing was sent
+    │   └── InputError      2   the input cannot be read as it stands
+    ├── ProviderError       4   the provider refuses the account or cannot be reached
+    ├── LedgerHeldError     5   another process holds this job's ledger
+    ├── StorageError        6   the ledger or the output cannot be read or written
+    └── BrokenPromiseError 70   one of our own promises was broken: a bug
+
+A failure of one row is not an exception: it is a `records.Failure`, a value whose `action` says what to do.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """The exit codes of the command line, as the README lists them."""
+
+    OK = 0
+    ROWS_FAILED = 1
+    WRONG_JOB = 2
+    LIMIT = 3
+    PROVIDER = 4
+    HELD = 5
+    STORAGE = 6
+    BUG = 70
+    INTERRUPTED = 130
+    TERMINATED = 143
+
+
+class BatchrunError(Exception):
+    """Base of all errors that the command line prints and exits with."""
+
+    exit_code = ExitCode.BUG
+
+
+class JobError(BatchrunError):
+    """The job, its input or the command line is wrong; nothing was sent."""
+
+    exit_code = ExitCode.WRONG_JOB
+
+
+class InputError(JobError):
+    """The input cannot be read as it stands; the message names file and row."""
+
+
+class ProviderError(BatchrunError):
+    """The provider refuses the account or cannot be reached; what was done is kept."""
+
+    exit_code = ExitCode.PROVIDER
+
+
+class LedgerHeldError(BatchrunError):
+    """Another process holds this job's ledger."""
+
+    exit_code = ExitCode.HELD
+
+
+class StorageError(BatchrunError):
+    """The ledger or the output cannot be read or written; sending has stopped."""
+
+    exit_code = ExitCode.STORAGE
+
+
+class BrokenPromiseError(BatchrunError):
+    """One of our own promises was broken: a bug. The message names the promise."""
+
+    exit_code = ExitCode.BUG

@@ -1,0 +1,433 @@
+"""The job file as a frozen, validated `Job`.
+
+Every relative path in it is relative to the job file, never to the working directory.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+import string
+from collections.abc import Mapping
+from decimal import Decimal
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from batchrun.errors import JobError
+from batchrun.jobfile import Document
+from batchrun.providers import PROVIDERS, secret_in_plain_sight
+
+_REFUSED_PARAMETERS = {
+    "model": "the key `model` of the job",
+    "messages": "the key `prompt`",
+    "stream": "the key `stream` of the job",
+    "stream_options": "`provider: {include_usage: …}`",
+    "n": "the key `samples` of the job",
+}
+_NOT_YET = "not yet supported"
+FORMATS = ("csv", "tsv", "parquet", "jsonl")
+
+
+class _Setting(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, str_strip_whitespace=False)
+
+
+class ColumnSetting(_Setting):
+    """What becomes of one input column."""
+
+    name: str | None = Field(None, min_length=1, description="Its new name.")
+    type: str | None = Field(None, description="Its new type: string, int64, float64, bool, date, timestamp.")
+
+
+class InputSetting(_Setting):
+    """Where the rows come from."""
+
+    path: str = Field(min_length=1, description="A path or glob of .csv, .tsv, .parquet or .jsonl files, also .gz.")
+    id: str | None = Field(None, description="A column whose values are unique; it names rows in messages.")
+    columns: list[str] | dict[str, str | ColumnSetting | None] | None = Field(
+        None,
+        description="A list selects columns; a map casts them (`stars: int64`), renames them "
+        "(`stars: {name: rating}`) or drops them (`stars: null`) and leaves the others.",
+    )
+    limit: int | None = Field(None, ge=0, description="Read this many rows at most.")
+    format: Literal["csv", "tsv", "parquet", "jsonl"] | None = Field(
+        None, description="What the files are, where their names do not say it."
+    )
+    encoding: str = Field("utf-8", description="The encoding of CSV, TSV and JSONL files.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+    @field_validator("encoding")
+    @classmethod
+    def _known_encoding(cls, value: str) -> str:
+        try:
+            "".encode(value)
+        except LookupError:
+            raise ValueError(f"{value!r} is no encoding that Python knows") from None
+        return value
+
+
+class PromptSetting(_Setting):
+    """How a row becomes messages. Every text is a Jinja2 template over the row's columns."""
+
+    system: str | None = Field(None, description="Template of the system prompt.")
+    user: str | None = Field(None, description="Template of the user message.")
+    messages: list[dict[str, Any]] | None = Field(
+        None, min_length=1, description="The whole conversation: {role, content} each."
+    )
+    messages_column: str | None = Field(
+        None, description="A column that holds the conversation: a list of structs, or JSON text."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, value: Any) -> Any:
+        return {"user": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _one_form(self) -> PromptSetting:
+        forms = [name for name in ("user", "messages", "messages_column") if getattr(self, name) is not None]
+        if len(forms) != 1:
+            found = " and ".join(forms) if forms else "none of them"
+            raise ValueError(f"needs exactly one of user, messages and messages_column; it has {found}")
+        if self.system is not None and self.user is None:
+            raise ValueError("system stands beside user only; put it into messages")
+        for message in self.messages or ():
+            if not isinstance(message.get("role"), str) or not ("content" in message or "tool_calls" in message):
+                raise ValueError("each of messages needs a role (text) and a content")
+        return self
+
+
+class ProviderSetting(_Setting):
+    """Who answers."""
+
+    name: str = Field(min_length=1, description=f"One of {', '.join(PROVIDERS)}; or any name, with a base_url.")
+    base_url: str | None = Field(None, description="Address up to and including the version, such as https://host/v1.")
+    api_key_env: str | None = Field(None, min_length=1, description="The environment variable that holds the key.")
+    headers: dict[str, str] = Field(
+        default_factory=dict, description="Further headers; ${VAR} is read from the environment."
+    )
+    system: Literal["message", "top_level"] | None = Field(
+        None, description="Send the system prompt as a message of that role, or as the field `system`."
+    )
+    include_usage: bool | None = Field(None, description="Send stream_options.include_usage with streams.")
+    allow_insecure_http: bool = Field(False, description="Allow a key over plain HTTP to another machine.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _check(self) -> ProviderSetting:
+        if self.name not in PROVIDERS and self.base_url is None:
+            near = difflib.get_close_matches(self.name, PROVIDERS, 1)
+            raise ValueError(
+                f"{self.name!r} is not a known provider"
+                + (f": did you mean {near[0]!r}?" if near else f" ({', '.join(PROVIDERS)})")
+                + " Another one needs a base_url"
+            )
+        if self.name == "local" and self.base_url is not None:
+            raise ValueError("local is the server that batchrun starts itself: it takes no base_url")
+        for header, text in self.headers.items():
+            if secret_in_plain_sight(header, text):
+                raise ValueError(
+                    f"the header {header!r} looks like a secret and is written out: "
+                    "put it into an environment variable and write ${VARIABLE}"
+                )
+            if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", header) or re.search(r"[\r\n\0]", text):
+                raise ValueError(f"{header!r} is no header that HTTP can carry")
+        return self
+
+
+class RetrySetting(_Setting):
+    """Bounds of retrying, for each row."""
+
+    max_attempts: int = Field(6, ge=1, description="Attempts a row may take; waits on rate limits are not counted.")
+    max_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
+        900.0, description="Seconds from a row's first attempt after which it is not tried again."
+    )
+
+
+class PricesSetting(_Setting):
+    """Dollars per million tokens, for a provider that reports no cost."""
+
+    input_mtok: Annotated[Decimal, Field(ge=0, allow_inf_nan=False)]
+    output_mtok: Annotated[Decimal, Field(ge=0, allow_inf_nan=False)]
+    cache_read_mtok: Annotated[Decimal, Field(ge=0, allow_inf_nan=False)] | None = None
+    cache_write_mtok: Annotated[Decimal, Field(ge=0, allow_inf_nan=False)] | None = None
+
+
+class OutputSetting(_Setting):
+    """Where the answers go."""
+
+    path: str = Field(min_length=1, description="A .parquet path; {run_id} and {date} (UTC) are filled in.")
+    prefix: str = Field("", description="Put before the names of the result columns.")
+    partial: bool = Field(
+        True, description="Write the file after an unfinished run too; false keeps the last whole one."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+    @field_validator("path")
+    @classmethod
+    def _parquet(cls, value: str) -> str:
+        if not value.endswith(".parquet"):
+            raise ValueError(f"{value!r} does not end in .parquet")
+        try:
+            names = [name for _, name, *_ in string.Formatter().parse(value) if name is not None]
+        except ValueError as exc:
+            raise ValueError(f"{value!r} has a single brace: {exc}") from None
+        if unknown := sorted(set(names) - {"run_id", "date"}):
+            raise ValueError(f"{{{unknown[0]}}} is no placeholder: there are {{run_id}} and {{date}}")
+        return value
+
+
+class Job(_Setting):
+    """A job file."""
+
+    name: str = Field("", description="Names the ledger, runs and reports. Default: the file's stem.")
+    input: InputSetting
+    prompt: PromptSetting | None = Field(None, description="Default: the column `prompt`, else the column `messages`.")
+    provider: ProviderSetting
+    model: str = Field(min_length=1, description="The model's id; for `local` also the path of a GGUF file.")
+    parameters: dict[str, Any] = Field(
+        default_factory=dict, description="Sent as they stand: max_tokens, temperature, top_p, stop, …"
+    )
+    stream: bool = Field(False, description="Ask for server-sent events.")
+    samples: int = Field(1, description=_NOT_YET)
+    concurrency: int = Field(32, ge=1, le=10_000, description="The most requests in flight.")
+    requests_per_minute: Any = Field(None, description=_NOT_YET)
+    tokens_per_minute: Any = Field(None, description=_NOT_YET)
+    timeout_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
+        600.0, description="The whole of one attempt."
+    )
+    stop_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
+        60.0, description="How long to await what is in flight when the run is stopped."
+    )
+    max_response_bytes: int = Field(32 * 1024 * 1024, ge=1024, description="The most bytes of one answer.")
+    retry: RetrySetting = RetrySetting()
+    budget: Any = Field(None, description=_NOT_YET)
+    prices: PricesSetting | None = None
+    reuse: bool = Field(False, description=_NOT_YET)
+    labels: Any = Field(None, description=_NOT_YET)
+    schema_: Any = Field(None, alias="schema", description=_NOT_YET)
+    evaluate: Any = Field(None, description=_NOT_YET)
+    output: OutputSetting
+    ledger: str | None = Field(None, description="Path of the SQLite file. Default: beside the output.")
+
+    _path: Path = PrivateAttr(default=Path("job.yaml"))
+
+    @field_validator(
+        "requests_per_minute", "tokens_per_minute", "budget", "labels", "schema_", "evaluate", mode="before"
+    )
+    @classmethod
+    def _later(cls, value: Any) -> Any:
+        if value is not None:
+            raise ValueError(_NOT_YET)
+        return value
+
+    @field_validator("samples", mode="before")
+    @classmethod
+    def _one_sample(cls, value: Any) -> Any:
+        if value != 1 or isinstance(value, bool):
+            raise ValueError(f"other than 1 is {_NOT_YET}")
+        return value
+
+    @field_validator("reuse", mode="before")
+    @classmethod
+    def _no_reuse(cls, value: Any) -> Any:
+        if value is not False:
+            raise ValueError(f"other than false is {_NOT_YET}")
+        return value
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _one_model(cls, value: Any) -> Any:
+        if isinstance(value, list):
+            raise ValueError(f"a list of models is {_NOT_YET}: name one")  # noqa: TRY004 - pydantic collects these
+        return value
+
+    @field_validator("name")
+    @classmethod
+    def _plain_name(cls, value: str) -> str:
+        if value and not re.fullmatch(r"[\w][\w.\- ]{0,99}", value):
+            raise ValueError(f"{value!r} cannot name a file: use letters, digits, '.', '-' and '_'")
+        return value
+
+    @field_validator("parameters")
+    @classmethod
+    def _parameters(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for name, instead in _REFUSED_PARAMETERS.items():
+            if name in value:
+                raise ValueError(f"{name!r} is not a parameter: use {instead}")
+        plain = _plain_numbers(value)
+        assert isinstance(plain, dict)
+        return plain
+
+    @property
+    def path(self) -> Path:
+        """The job file, absolute."""
+        return self._path
+
+    def resolve(self, path: str) -> Path:
+        """A path of the job file as it stands there: relative ones start at the job file's folder."""
+        return Path(os.path.normpath(self._path.parent / Path(path).expanduser()))
+
+    @property
+    def ledger_path(self) -> Path:
+        """The ledger: as written, or beside the output in its longest leading folder without a placeholder."""
+        if self.ledger is not None:
+            return self.resolve(self.ledger)
+        folder = Path(self.output.path).parent
+        while "{" in str(folder):
+            folder = folder.parent
+        return self.resolve(str(folder)) / f"{self.name}.ledger.sqlite"
+
+    def request_shape(self) -> dict[str, Any]:
+        """What of the job changes the requests or the rows: with an unchanged input, the same shape asks the same."""
+        return self.model_dump(
+            mode="json", include={"prompt", "model", "parameters", "input", "provider"}, by_alias=True
+        )
+
+    def snapshot(self) -> dict[str, Any]:
+        """The job as plain JSON values; it holds no secret, since secrets are read from the environment."""
+        return self.model_dump(mode="json", by_alias=True, exclude_none=True)
+
+    def with_shape_of(self, snapshot: Mapping[str, Any]) -> Job:
+        """This job with what shapes the request taken from an earlier snapshot of it."""
+        now = self.snapshot()
+        shaping = ("prompt", "model", "parameters", "provider")
+        merged = {name: value for name, value in now.items() if name not in shaping}
+        merged |= {name: value for name, value in snapshot.items() if name in shaping}
+        job = Job.model_validate(merged)
+        job._path = self._path
+        return job
+
+
+def _plain_numbers(value: Any) -> Any:
+    """Decimals of the YAML as JSON numbers: parameters are no money."""
+    if isinstance(value, Decimal):
+        return float(value)
+    if isinstance(value, dict):
+        return {key: _plain_numbers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain_numbers(item) for item in value]
+    return value
+
+
+def load_job(path: Path) -> Job:
+    """Read and check a job file.
+
+    Raises:
+        JobError: every fault of the file at once, each with its line.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise JobError(f"{path}: there is no such job file") from None
+    except (OSError, UnicodeDecodeError) as exc:
+        raise JobError(f"{path}: cannot be read: {exc}") from exc
+    try:
+        document = Document(text)
+    except JobError as exc:
+        raise JobError(f"{path}: {exc}") from exc
+    if not isinstance(document.value, dict):
+        raise JobError(f"{path}: a job is a mapping of keys, such as `input: data.csv`")
+    faults = list(document.faults)  # each begins with its line, if it has one
+    job: Job | None = None
+    try:
+        job = Job.model_validate(document.value)
+    except ValidationError as exc:
+        faults += [_fault(document, error) for error in exc.errors(include_url=False)]
+    if faults or job is None:
+        raise JobError(
+            "\n".join([f"{path}: the job is wrong:", *(f"  {fault}" for fault in sorted(faults, key=_line_of))])
+        )
+    absolute = path.absolute()
+    if not job.name:
+        job = job.model_copy(update={"name": absolute.stem})
+    job._path = absolute
+    return job
+
+
+_MODELS: dict[tuple[str, ...], type[BaseModel]] = {
+    (): Job,
+    ("input",): InputSetting,
+    ("prompt",): PromptSetting,
+    ("provider",): ProviderSetting,
+    ("retry",): RetrySetting,
+    ("prices",): PricesSetting,
+    ("output",): OutputSetting,
+}
+
+
+def _fault(document: Document, error: Any) -> str:
+    path = tuple(part for part in error["loc"] if not (isinstance(part, str) and part.endswith("Setting")))
+    line = document.line(path)
+    where = f"line {line}: " if line is not None and path else ""
+    name = ".".join(str(part) for part in path) or "the job"
+    value = error.get("input")
+    match error["type"]:
+        case "extra_forbidden":
+            model = _MODELS.get(tuple(str(part) for part in path[:-1]))
+            names = [field.alias or key for key, field in model.model_fields.items()] if model else []
+            near = difflib.get_close_matches(str(path[-1]), names, 1)
+            mend = f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(names)}"
+            return f"{where}{name}: there is no such key: {mend}"
+        case "missing":
+            return f"{where}{name}: is missing"
+        case "value_error":
+            return f"{where}{name}: {error['ctx']['error']}"
+        case "model_type" | "model_attributes_type":
+            return f"{where}{name}: should be text or a mapping (is {_shown(value)})"
+        case _:
+            said = error["msg"].replace("Input should be", "should be").replace("String should", "should")
+            return f"{where}{name}: {said} (is {_shown(value)})"
+
+
+def _line_of(fault: str) -> int:
+    match = re.match(r"line (\d+):", fault)
+    return int(match[1]) if match else 0
+
+
+def _shown(value: object) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of a job file, for editors."""
+    schema = Job.model_json_schema(by_alias=True)
+    for name in ("input", "prompt", "provider", "output"):
+        reference = schema["properties"][name]
+        description = reference.pop("description", None)
+        forms = reference.pop("anyOf", None) or [dict(reference)]
+        reference.clear()
+        reference["anyOf"] = [{"type": "string"}, *(form for form in forms if form.get("type") != "null")]
+        if description:
+            reference["description"] = description
+    later = [name for name, field in schema["properties"].items() if field.get("description") == _NOT_YET]
+    for name in later:
+        del schema["properties"][name]
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema["title"] = "batchrun job"
+    return schema

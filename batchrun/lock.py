@@ -1,0 +1,59 @@
+"""One process per ledger: a lock file that dies with its holder."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from batchrun.errors import LedgerHeldError, StorageError
+
+
+@contextmanager
+def held(ledger: Path) -> Iterator[None]:
+    """Hold the lock of a ledger.
+
+    The file stays behind and means nothing by itself: the lock is the kernel's, and cannot go stale.
+
+    Raises:
+        LedgerHeldError: another process holds it; the message says which.
+        StorageError: this disk grants no locks.
+    """
+    path = ledger.with_name(f"{ledger.name}.lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path, mode=0o600, fallback_to_soft=False)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise LedgerHeldError(f"{ledger} is in use by {_holder(path)}: wait for it to end") from None
+    except (OSError, NotImplementedError) as exc:
+        raise StorageError(
+            f"{path}: no lock can be had: {exc}: make the folder writable, or set `ledger:` to a path on a local disk"
+        ) from exc
+    try:
+        holder = {
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "since": datetime.now(UTC).isoformat("T", "seconds"),
+        }
+        try:
+            path.write_text(json.dumps(holder), encoding="utf-8")
+        except OSError as exc:
+            raise StorageError(f"{path}: cannot be written: {exc.strerror or exc}") from exc
+        yield
+    finally:
+        lock.release()
+
+
+def _holder(path: Path) -> str:
+    try:
+        holder = json.loads(path.read_text(encoding="utf-8"))
+        return f"process {holder['pid']} on {holder['host']} since {holder['since']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"

@@ -1,0 +1,129 @@
+"""Exact dollars: Decimal in Python, integer pico-dollars (1e-12 USD) in the ledger."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from decimal import ROUND_HALF_EVEN, Decimal, InvalidOperation, localcontext
+
+from batchrun.usage import Usage
+
+PICO_PER_USD = 10**12
+CREDITS_PER_USD = 2_000_000
+"""AI/ML API: $1 = 2,000,000 credits."""
+
+_MOST_USD = Decimal(9_000_000)  # a 64-bit integer of pico-dollars ends at 9.2 million
+
+# From the best known to the least: a row's cost_source is its weakest.
+COST_SOURCES = (
+    "reported",
+    "credits",
+    "job",
+    "provider_list",
+    "library",
+    "local",
+    "reused",
+    "not_billed",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What one attempt cost; `usd` None is unknown, which is never 0."""
+
+    usd: Decimal | None = None
+    source: str | None = None
+
+
+UNKNOWN = Cost()
+NOT_BILLED = Cost(Decimal(0), "not_billed")
+LOCAL = Cost(Decimal(0), "local")
+
+
+def amount(value: object) -> Decimal | None:
+    """Read a non-negative amount of dollars or credits from the wire; None if it is none.
+
+    >>> amount("0.001240000"), amount(Decimal("-1")), amount("nan")
+    (Decimal('0.001240000'), None, None)
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, str, Decimal)):
+        return None
+    try:
+        number = Decimal(value.strip() if isinstance(value, str) else value)
+    except InvalidOperation:
+        return None
+    return number if number.is_finite() and number >= 0 else None
+
+
+def usd_from_wire(value: object) -> Decimal | None:
+    """An amount of dollars that the ledger can hold; finer than 1e-12 is rounded half-even."""
+    usd = amount(value)
+    return from_pico(to_pico(usd)) if usd is not None and usd < _MOST_USD else None
+
+
+def usd_from_credits(value: object) -> Decimal | None:
+    """Credits of AI/ML API as dollars.
+
+    >>> usd_from_credits(17368)
+    Decimal('0.008684')
+    """
+    credits_used = amount(value)
+    if credits_used is None or credits_used >= _MOST_USD * CREDITS_PER_USD:
+        return None
+    return usd_from_wire(credits_used / CREDITS_PER_USD)
+
+
+def to_pico(usd: Decimal) -> int:
+    """Dollars as whole pico-dollars, rounded half-even.
+
+    >>> to_pico(Decimal("0.000788"))
+    788000000
+    """
+    with localcontext() as context:
+        context.prec = 60
+        return int((usd * PICO_PER_USD).to_integral_value(rounding=ROUND_HALF_EVEN))
+
+
+def from_pico(pico: int) -> Decimal:
+    """Whole pico-dollars as dollars, without trailing zeros.
+
+    >>> from_pico(788000000)
+    Decimal('0.000788')
+    """
+    usd = Decimal(pico).scaleb(-12)
+    return usd.quantize(Decimal(1)) if usd == usd.to_integral_value() else usd.normalize()
+
+
+def usd_text(usd: Decimal) -> str:
+    """An exact amount as plain text, never in exponent form.
+
+    >>> usd_text(Decimal("1E-7")), usd_text(Decimal("10.50"))
+    ('0.0000001', '10.5')
+    """
+    text = format(usd, "f")
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+@dataclass(frozen=True, slots=True)
+class Price:
+    """Dollars per million tokens; a cache price that is not set is that of ordinary input."""
+
+    input_mtok: Decimal
+    output_mtok: Decimal
+    cache_read_mtok: Decimal | None = None
+    cache_write_mtok: Decimal | None = None
+
+    def usd(self, usage: Usage) -> Decimal | None:
+        """Price an answer's counts; None if they are unknown or all zero.
+
+        >>> Price(Decimal(3), Decimal(15)).usd(Usage(1000, 500))
+        Decimal('0.0105')
+        """
+        output = usage.billable_output
+        if usage.prompt_tokens is None or output is None or usage.is_zero:
+            return None
+        cached, written = usage.cached_tokens or 0, usage.cache_write_tokens or 0
+        read = self.input_mtok if self.cache_read_mtok is None else self.cache_read_mtok
+        write = self.input_mtok if self.cache_write_mtok is None else self.cache_write_mtok
+        fresh = usage.prompt_tokens - cached - written
+        total = fresh * self.input_mtok + cached * read + written * write + output * self.output_mtok
+        return usd_from_wire(total / 1_000_000)

@@ -1,0 +1,91 @@
+"""What a person sees while a run goes on: a bar on a terminal, a plain line every 30 s elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from decimal import Decimal
+from typing import IO, Any
+
+from batchrun.money import usd_text
+from batchrun.records import Settlement
+
+_LINE_SECONDS = 30.0
+
+
+class Progress:
+    """Counts settlements and shows them.
+
+    Args:
+        total: rows of the input.
+        settled: rows that were settled before.
+        usd: what the run had spent before.
+    """
+
+    def __init__(
+        self,
+        stream: IO[str],
+        *,
+        total: int,
+        settled: int,
+        usd: Decimal,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._stream = stream
+        self._clock = clock
+        self._total = total
+        self._settled = settled
+        self._begun = self._line_at = clock()
+        self._before = settled
+        self._failed = self._retries = self._tokens = 0
+        self._usd = usd
+        self._bar: Any = None
+        if stream.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(
+                total=total,
+                initial=settled,
+                file=stream,
+                unit="row",
+                dynamic_ncols=True,
+                smoothing=0.1,
+                mininterval=0.25,
+            )
+
+    def settle(self, settlement: Settlement) -> None:
+        """Take one settled attempt."""
+        self._tokens += settlement.exchange.usage.total_tokens or 0
+        self._usd += settlement.exchange.cost.usd or 0
+        if not settlement.is_final:
+            self._retries += 1
+            return
+        self._settled += 1
+        self._failed += settlement.exchange.outcome != "ok"
+        if self._bar is not None:
+            self._bar.set_postfix_str(self._facts(), refresh=False)
+            self._bar.update(1)
+
+    def tick(self) -> None:
+        """Call about once a second."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(self._facts(), refresh=True)
+        elif self._clock() - self._line_at >= _LINE_SECONDS:
+            self._line_at = self._clock()
+            self._stream.write(f"{self._line()}\n")
+            self._stream.flush()
+
+    def close(self) -> None:
+        """Leave the terminal as it was found."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def _facts(self) -> str:
+        return (
+            f"{self._failed} failed, {self._retries} retries, {self._tokens} tokens, ${usd_text(round(self._usd, 6))}"
+        )
+
+    def _line(self) -> str:
+        rate = (self._settled - self._before) / max(1e-9, self._clock() - self._begun)
+        left = f", {(self._total - self._settled) / rate:.0f} s left" if rate > 0 else ""
+        return f"batchrun: {self._settled}/{self._total} rows, {rate:.1f} rows/s, {self._facts()}{left}"

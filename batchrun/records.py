@@ -1,0 +1,191 @@
+"""The values that flow between the rooms."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from decimal import Decimal
+from enum import Enum
+from typing import NamedTuple
+
+from batchrun.money import UNKNOWN, Cost
+from batchrun.usage import Usage
+
+
+class Slot(NamedTuple):
+    """One answer to be had: input row (counted from 0) × model (its id) × sample (counted from 0)."""
+
+    row_index: int
+    model: str
+    sample: int = 0
+
+
+class Action(Enum):
+    """What a failure asks for."""
+
+    RETRY = "retry"
+    PACE = "pace"
+    """Retry, and the wait counts against the time only: the provider asks for fewer requests."""
+    REJECT = "reject"
+    """This row cannot be answered as it is asked."""
+    STOP = "stop"
+    """No row can be answered: the account or the model is refused."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why an exchange brought no answer."""
+
+    kind: str
+    """auth, billing, quota, forbidden, bad_request, not_found, redirect, rate_limit, overloaded, server, timeout,
+    connect, disconnect, malformed, incomplete_stream, interrupted."""
+    action: Action
+    message: str
+    code: str | None = None
+    upstream_type: str | None = None
+    retry_after: float | None = None
+    request_id: str | None = None
+
+    def __str__(self) -> str:
+        named = f"{self.kind} ({self.code})" if self.code else self.kind
+        return f"{named}: {self.message}" if self.message else named
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A completion in normal form."""
+
+    text: str | None
+    finish_reason: str
+    """stop, length, tool_calls, content_filter, unknown, or the provider's own word."""
+    finish_reason_raw: str | None = None
+    usage: Usage = Usage()
+    usd: Decimal | None = None
+    """Dollars that the provider reports, in the body or a header; None if it reports none."""
+    usd_source: str | None = None
+    """`reported` or `credits`."""
+    credits_used: Decimal | None = None
+    upstream_usd: Decimal | None = None
+    """A cost that somebody else than this provider puts on the answer; shown, never counted."""
+    model: str | None = None
+    answer_id: str | None = None
+    reasoning: str | None = None
+    tool_calls: tuple[dict[str, object], ...] = ()
+    flags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A slot's request, ready for the wire."""
+
+    slot: Slot
+    key: str
+    body: bytes
+    tries: int = 0
+    """Attempts that the slot has had already."""
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """What became of one HTTP exchange.
+
+    Attributes:
+        outcome: `ok`; `failed` (the provider or the connection said so); `unknown` (no answer came, and the
+            provider may have done the work).
+        body: the raw answer as it arrived, decoded from any content encoding.
+        latency_seconds: from the request to the end of the answer.
+    """
+
+    outcome: str
+    status: int | None = None
+    body: bytes = b""
+    streamed: bool = False
+    answer: Answer | None = None
+    failure: Failure | None = None
+    usage: Usage = Usage()
+    cost: Cost = UNKNOWN
+    request_id: str | None = None
+    latency_seconds: float = 0.0
+    first_token_seconds: float | None = None
+    flags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Intent:
+    """An attempt before it is sent."""
+
+    attempt_id: int
+    request: Request = field(repr=False)
+    number: int
+    """Counted from 1 within the slot."""
+    sent_at: int
+    """Microseconds since 1970, UTC."""
+    client_request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Settlement:
+    """What became of an attempt, and whether that decides its slot.
+
+    A failure with `is_final` makes its row a failed one; without, the row is to be asked again.
+    """
+
+    intent: Intent
+    exchange: Exchange
+    settled_at: int
+    is_final: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RowFault:
+    """A row that gives no request: it is failed, and costs nothing."""
+
+    slot: Slot
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class StandingAttempt:
+    """A settled attempt, with the slot that it stands in now."""
+
+    slot: Slot
+    attempt_id: int
+    key: str
+    client_request_id: str
+    settled_at: int
+    outcome: str
+    is_final: bool
+    error: str | None
+    usage: tuple[int | None, ...]
+    """prompt, completion, total, cached, reasoning."""
+    usd: Decimal | None
+    cost_source: str | None
+    request_id: str | None
+    latency_seconds: float | None
+    first_token_seconds: float | None
+    streamed: bool
+    flags: tuple[str, ...]
+    body: bytes | None
+    """The raw answer, for an attempt that is `ok`."""
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over a run. Dollars are exact."""
+
+    ok: int
+    failed: int
+    usd: Decimal
+    usd_by_source: dict[str, Decimal]
+    unknown_cost: int
+    unknown_outcomes: int
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    cached_tokens: int
+    attempts: int
+    unplaced: int
+    unplaced_usd: Decimal
+    failures: list[tuple[str, int, str]]
+    """Kind, number of failed rows, one example."""
+    flags: dict[str, int]
+    slowest_seconds: float | None

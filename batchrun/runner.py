@@ -1,0 +1,391 @@
+"""Send what the ledger lacks, N at a time; stop without losing what is in flight.
+
+The runner knows a sender through one method (`Intent → Exchange`, a value), a ledger through its commits, and nothing
+about HTTP, YAML or files. Each worker draws a row, records the intent, sends, and hands over the answer to be settled
+with the next commit, so that an answer is on disk before its worker sends again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import itertools
+import re
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from batchrun.errors import BatchrunError, ExitCode, InputError
+from batchrun.ledger import Ledger, Run, now_us
+from batchrun.money import NOT_BILLED
+from batchrun.pacing import Pacing
+from batchrun.records import Action, Exchange, Failure, Intent, Request, Settlement
+from batchrun.retry import Retries
+
+_WAITING_PER_SLOT = 4
+_RAMP_SECONDS = 0.3
+_AT_ONCE = 32
+_SYNC_SECONDS = 1.0
+_FIRST = 20
+"""Attempts or rows that must not all fail alike at the start of a run."""
+
+
+class Sender(Protocol):
+    """What sends requests: one process's HTTP client, or many machines."""
+
+    async def send(self, intent: Intent) -> Exchange:
+        """Send one request and return what became of it."""
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Why a run stopped before its rows were all settled."""
+
+    exit_code: ExitCode
+    reason: str
+    message: str
+    is_immediate: bool = False
+    """A second signal: nothing is awaited, not even the writing of the output."""
+
+
+@dataclass(order=True)
+class _Work:
+    due: float
+    order: int
+    request: Request = field(compare=False)
+    started: float | None = field(default=None, compare=False)
+    retry_state: Any = field(default=None, compare=False)
+    tries: int = field(default=0, compare=False)
+
+
+class Runner:
+    """One invocation's work on a run.
+
+    Args:
+        requests: rows to be asked, drawn one by one as places get free.
+        on_settled: called with every settlement, for the progress display.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        run: Run,
+        sender: Sender,
+        requests: Iterator[Request],
+        *,
+        concurrency: int,
+        max_attempts: int,
+        max_seconds: float,
+        stop_seconds: float,
+        on_settled: Callable[[Settlement], None] = lambda settlement: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._ledger = ledger
+        self._run = run
+        self._sender = sender
+        self._requests = requests
+        self._concurrency = concurrency
+        self._max_attempts = max_attempts
+        self._stop_seconds = stop_seconds
+        self._on_settled = on_settled
+        self._clock = clock
+        self._retries = Retries(max_attempts, max_seconds, clock)
+        self._pacing = Pacing(concurrency, clock)
+        self._journal = _Journal(ledger, run)
+        self._health = _Health(max_attempts, max_seconds, clock())
+        self._waiting: list[_Work] = []
+        self._order = itertools.count()
+        self._is_exhausted = False
+        self._workers: list[asyncio.Task[None]] = []
+        self._stopping = asyncio.Event()
+        self.stop: Stop | None = None
+
+    async def run(self) -> Stop | None:
+        """Work until every row is settled or the run is stopped; None if nothing stopped it."""
+        try:
+            syncing = asyncio.create_task(self._sync_regularly())
+            # Many connections are opened over a moment, not all in one.
+            gap = _RAMP_SECONDS / self._concurrency if self._concurrency > _AT_ONCE else 0.0
+            self._workers = [asyncio.create_task(self._work(index * gap)) for index in range(self._concurrency)]
+            await asyncio.wait(self._workers)
+            syncing.cancel()
+            await asyncio.wait([syncing])
+        finally:
+            for worker in self._workers:
+                worker.cancel()
+        try:
+            self._journal.flush()
+            self._ledger.sync()
+        except BatchrunError as exc:
+            self._halt(Stop(exc.exit_code, "storage", str(exc)))
+        return self.stop
+
+    def interrupt(self, exit_code: ExitCode) -> None:
+        """A signal: the first draws no more rows and awaits what is in flight, the second stops at once."""
+        if self.stop is not None and self.stop.exit_code in (ExitCode.INTERRUPTED, ExitCode.TERMINATED):
+            self.stop = replace(self.stop, is_immediate=True)
+            self._cancel()
+            return
+        self._halt(Stop(exit_code, "interrupted", "interrupted; run again to go on"))
+
+    # --- workers --------------------------------------------------------------------------------------------
+
+    async def _work(self, delay: float) -> None:
+        await self._nap(delay)
+        try:
+            while (work := await self._draw()) is not None:
+                await self._attempt(work)
+        except InputError as exc:
+            # It was read whole before the first request: it has changed since.
+            self._halt(Stop(ExitCode.ROWS_FAILED, "input_changed", str(exc)))
+        except BatchrunError as exc:
+            self._halt(Stop(exc.exit_code, "storage" if exc.exit_code == ExitCode.STORAGE else "bug", str(exc)))
+        except Exception as exc:  # noqa: BLE001 - a bug must not cancel what other workers have paid for
+            frame = traceback.extract_tb(exc.__traceback__)[-1]
+            self._halt(Stop(ExitCode.BUG, "bug", f"{type(exc).__name__}: {exc} ({frame.filename}:{frame.lineno})"))
+
+    async def _draw(self) -> _Work | None:
+        """The next row: a retry that is due, else a new one; None if there is nothing left to wait for.
+
+        Whoever leaves a row waiting comes back here, so that there is always a worker for it.
+        """
+        while not self._stopping.is_set():
+            now = self._clock()
+            if self._waiting and self._waiting[0].due <= now:
+                return heapq.heappop(self._waiting)
+            if not self._is_exhausted and len(self._waiting) < _WAITING_PER_SLOT * self._concurrency:
+                request = next(self._requests, None)
+                if request is not None:
+                    return _Work(now, next(self._order), request, tries=request.tries)
+                self._is_exhausted = True
+            if not self._waiting:
+                return None
+            await self._nap(self._waiting[0].due - now)
+        return None
+
+    async def _attempt(self, work: _Work) -> None:
+        await self._pacing.enter()
+        try:
+            if self._stopping.is_set():
+                return
+            intent = self._ledger.intent(self._run, work.request, work.tries + 1)
+            await self._journal.intend(intent)
+            work.tries += 1
+            sent_at = self._clock()
+            if work.started is None:
+                work.started = sent_at
+            try:
+                exchange = await self._sender.send(intent)
+            except asyncio.CancelledError:
+                self._journal.settle(Settlement(intent, _INTERRUPTED, now_us(), is_final=False))
+                raise
+        finally:
+            self._pacing.leave()
+        self._settle(work, intent, exchange, sent_at)
+
+    def _settle(self, work: _Work, intent: Intent, exchange: Exchange, sent_at: float) -> None:
+        failure = exchange.failure
+        is_ok = exchange.outcome == "ok"
+        self._pacing.note(
+            sent_at=sent_at,
+            is_ok=is_ok,
+            is_rate_limit=failure is not None and failure.kind == "rate_limit",
+            retry_after=failure.retry_after if failure is not None else None,
+        )
+        is_final, stop = self._decide(work, exchange)
+        settlement = Settlement(intent, exchange, now_us(), is_final)
+        self._journal.settle(settlement)
+        self._on_settled(settlement)
+        if stop is not None:
+            self._halt(stop)
+
+    def _decide(self, work: _Work, exchange: Exchange) -> tuple[bool, Stop | None]:
+        """Whether the exchange decides its slot, and whether it ends the run."""
+        failure = exchange.failure
+        stop = self._health.note(exchange, self._clock(), work.tries - work.request.tries)
+        if failure is None:
+            return True, None
+        match failure.action:
+            case Action.STOP:
+                return False, _refused(failure)
+            case Action.REJECT:
+                return True, self._health.note_rejected(failure)
+            case Action.RETRY | Action.PACE:
+                if work.retry_state is None:
+                    work.retry_state = self._retries.begin(work.started or self._clock())
+                wait = self._retries.wait(work.retry_state, exchange)
+                if wait is not None:
+                    if stop is None and not self._stopping.is_set():
+                        work.due, work.order = self._clock() + wait, next(self._order)
+                        heapq.heappush(self._waiting, work)
+                    return False, stop
+                if failure.kind in ("rate_limit", "connect", "overloaded"):
+                    # The row is not at fault: more rows would only be used up against the same wall.
+                    return False, stop or _unavailable(failure)
+                return True, stop
+
+    # --- stopping -------------------------------------------------------------------------------------------
+
+    def _halt(self, stop: Stop) -> None:
+        """Draw no more rows, drop the waits, and await what is in flight for a bounded time."""
+        if self.stop is None or _RANK[stop.exit_code] > _RANK[self.stop.exit_code]:
+            self.stop = stop
+        if not self._stopping.is_set():
+            self._stopping.set()
+            self._pacing.stop()
+            asyncio.get_running_loop().call_later(self._stop_seconds, self._cancel)
+
+    def _cancel(self) -> None:
+        for worker in self._workers:
+            worker.cancel()
+
+    async def _nap(self, seconds: float) -> None:
+        if seconds <= 0:
+            return
+        try:
+            async with asyncio.timeout(seconds):
+                await self._stopping.wait()
+        except TimeoutError:
+            pass
+
+    async def _sync_regularly(self) -> None:
+        while True:
+            await asyncio.sleep(_SYNC_SECONDS)
+            if self._ledger.is_dirty:
+                try:
+                    await asyncio.to_thread(self._ledger.sync)
+                except BatchrunError as exc:
+                    self._halt(Stop(exc.exit_code, "storage", str(exc)))
+
+
+# When several hold: a bug, storage, a signal, the provider, the input.
+_RANK = {
+    ExitCode.ROWS_FAILED: 1, ExitCode.LIMIT: 2, ExitCode.PROVIDER: 3, ExitCode.INTERRUPTED: 4,
+    ExitCode.TERMINATED: 4, ExitCode.STORAGE: 5, ExitCode.BUG: 6,
+}  # fmt: skip
+
+_INTERRUPTED = Exchange("unknown", failure=Failure("interrupted", Action.RETRY, "interrupted before an answer came"))
+_NEVER_SENT = Exchange(
+    "failed", failure=Failure("interrupted", Action.RETRY, "interrupted before it was sent"), cost=NOT_BILLED
+)
+
+
+def _refused(failure: Failure) -> Stop:
+    return Stop(ExitCode.PROVIDER, failure.kind, f"the provider refuses the account: {failure}")
+
+
+def _unavailable(failure: Failure) -> Stop:
+    wait = f"; it asks to wait {failure.retry_after:.0f} s" if failure.retry_after else ""
+    return Stop(
+        ExitCode.PROVIDER,
+        "unavailable",
+        f"the provider cannot be asked now: {failure}{wait}; run again later",
+    )
+
+
+class _Journal:
+    """Group commit: what arrives and what goes next in one turn of the event loop is one transaction."""
+
+    def __init__(self, ledger: Ledger, run: Run) -> None:
+        self._ledger = ledger
+        self._run = run
+        self._settlements: list[Settlement] = []
+        self._intents: list[tuple[Intent, asyncio.Future[None]]] = []
+        self._is_scheduled = False
+
+    def settle(self, settlement: Settlement) -> None:
+        """Record an answer with the next commit."""
+        self._settlements.append(settlement)
+        self._schedule()
+
+    async def intend(self, intent: Intent) -> None:
+        """Return once the intent is committed, so that it can be sent."""
+        committed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        entry = (intent, committed)
+        self._intents.append(entry)
+        self._schedule()
+        try:
+            await committed
+        except asyncio.CancelledError:
+            if entry in self._intents:
+                self._intents.remove(entry)
+            else:
+                self.settle(Settlement(intent, _NEVER_SENT, now_us(), is_final=False))
+            raise
+
+    def flush(self) -> None:
+        """Commit now. After a failure the answers are kept, to be tried again by the next flush."""
+        self._is_scheduled = False
+        settlements, intents = self._settlements, self._intents
+        self._intents = []
+        try:
+            if settlements or intents:
+                self._ledger.commit(self._run, settlements, [intent for intent, _ in intents])
+        except BatchrunError as exc:
+            for _, committed in intents:
+                if not committed.done():
+                    committed.set_exception(exc)
+            raise
+        self._settlements = []
+        for _, committed in intents:
+            if not committed.done():
+                committed.set_result(None)
+
+    def _schedule(self) -> None:
+        if not self._is_scheduled:
+            self._is_scheduled = True
+            asyncio.get_running_loop().call_soon(self._flush_in_turn)
+
+    def _flush_in_turn(self) -> None:
+        try:
+            self.flush()
+        except BatchrunError:
+            # The workers that wait for their intents get it; the answers are tried once more at the end.
+            return
+
+
+class _Health:
+    """Tells an outage or a job that cannot work from rows that fail each for itself."""
+
+    def __init__(self, max_attempts: int, max_seconds: float, now: float) -> None:
+        self._max_attempts = max_attempts
+        self._max_seconds = max_seconds
+        self._last_success = now
+        self._failed_since = 0
+        self._attempts = 0
+        self._only_unreachable = True
+        self._rejected: set[str] = set()
+        self._settled_rows = 0
+
+    def note(self, exchange: Exchange, now: float, tries: int) -> Stop | None:
+        """Take an exchange; a Stop if the provider seems to be gone. `tries`: of this row, in this invocation."""
+        self._attempts += 1
+        failure = exchange.failure
+        if failure is None or failure.action is Action.REJECT:
+            # An answer or a refusal of the row: the provider is there.
+            if failure is None:
+                self._rejected.add("")
+            self._settled_rows += 1
+            self._last_success, self._failed_since, self._only_unreachable = now, 0, False
+            return None
+        self._failed_since += 1
+        self._only_unreachable = self._only_unreachable and failure.kind == "connect"
+        if self._only_unreachable and (self._attempts >= _FIRST or tries >= self._max_attempts):
+            return Stop(ExitCode.PROVIDER, "unreachable", f"the provider cannot be reached: {failure.message}")
+        if self._failed_since >= _FIRST and now - self._last_success >= self._max_seconds:
+            return Stop(
+                ExitCode.PROVIDER, "outage",
+                f"no answer for {now - self._last_success:.0f} s (retry.max_seconds): {failure}; run again later",
+            )  # fmt: skip
+        return None
+
+    def note_rejected(self, failure: Failure) -> Stop | None:
+        """Take a refused row; a Stop if the first rows were all refused in the same words."""
+        if self._settled_rows <= _FIRST:
+            self._rejected.add(re.sub(r"\d+", "#", f"{failure.kind} {failure.message}"))
+        if self._settled_rows == _FIRST and len(self._rejected) == 1:
+            return Stop(ExitCode.PROVIDER, "refused", f"the first {_FIRST} rows were all refused: {failure}")
+        return None

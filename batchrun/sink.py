@@ -1,0 +1,91 @@
+"""Record batches → a Parquet file that appears whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from batchrun.errors import StorageError
+
+_GROUP_ROWS = 65_536
+_GROUP_BYTES = 32 * 1024 * 1024
+MANIFEST_KEY = "batchrun"
+
+
+def write_parquet(
+    path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch], manifest: Callable[[], str]
+) -> None:
+    """Write a file beside its place, bring it to the disk, and rename it into place.
+
+    Args:
+        manifest: called after the last batch; its text, JSON, goes into the file's metadata under `batchrun`.
+
+    Raises:
+        StorageError: it cannot be written; what stood at `path` before is untouched.
+    """
+    beside = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with beside.open("wb") as fp:
+                _write(fp, schema, batches, manifest)
+                fp.flush()
+                os.fsync(fp.fileno())
+            beside.replace(path)
+        except BaseException:
+            beside.unlink(missing_ok=True)
+            raise
+        _sync_folder(path.parent)
+    except (OSError, pa.ArrowException) as exc:
+        raise StorageError(f"the output {path} cannot be written: {exc}; `batchrun export` writes it again") from exc
+
+
+def check_writable(path: Path) -> None:
+    """Find out before anything is sent whether the output can be written.
+
+    Raises:
+        StorageError: it cannot.
+    """
+    probe = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise StorageError(f"the output {path} is a folder: name a file")
+        probe.open("wb").close()
+        probe.unlink()
+    except OSError as exc:
+        raise StorageError(f"the output {path} cannot be written: {exc.strerror or exc}") from exc
+
+
+def _write(fp: Any, schema: pa.Schema, batches: Iterable[pa.RecordBatch], manifest: Callable[[], str]) -> None:
+    with pq.ParquetWriter(fp, schema, compression="zstd") as writer:
+        held: list[pa.RecordBatch] = []
+        rows = size = 0
+        for batch in batches:
+            held.append(batch)
+            rows += batch.num_rows
+            size += batch.nbytes
+            if rows >= _GROUP_ROWS or size >= _GROUP_BYTES:
+                _write_group(writer, held, schema)
+                held, rows, size = [], 0, 0
+        if held:
+            _write_group(writer, held, schema)
+        writer.add_key_value_metadata({MANIFEST_KEY: manifest()})
+
+
+def _write_group(writer: pq.ParquetWriter, batches: list[pa.RecordBatch], schema: pa.Schema) -> None:
+    table = pa.Table.from_batches(batches, schema=schema).unify_dictionaries()
+    writer.write_table(table, row_group_size=max(1, table.num_rows))
+
+
+def _sync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,477 @@
+"""Input files → Arrow record batches, streamed, types kept.
+
+CSV and TSV columns are text and an empty cell is the empty string; Parquet and JSONL keep their types. Whatever is
+wrong with a file is an `InputError` that names the file and the line or row.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import glob
+import gzip
+import json
+import stat
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, date, datetime
+from io import BytesIO, TextIOWrapper
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow as pa
+import pyarrow.json as json_format
+import pyarrow.parquet as pq
+
+from batchrun.columns import build
+from batchrun.errors import InputError
+from batchrun.job import ColumnSetting, InputSetting, Job
+
+_BATCH_ROWS = 1024
+_BATCH_BYTES = 4 * 1024 * 1024
+_MANIFEST = b"batchrun"
+
+_TYPES: Mapping[str, pa.DataType] = {
+    "string": pa.string(),
+    "int64": pa.int64(),
+    "float64": pa.float64(),
+    "bool": pa.bool_(),
+    "date": pa.date32(),
+    "timestamp": pa.timestamp("us", tz="UTC"),
+}
+_BY_SUFFIX = {
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".parquet": "parquet",
+    ".pq": "parquet",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some consecutive rows; `start` is the index of the first, counted from 0 over all files."""
+
+    start: int
+    rows: pa.RecordBatch
+
+
+@dataclass(frozen=True)
+class _File:
+    path: Path
+    format: str
+    is_gzip: bool
+
+
+class Source:
+    """The rows of a job's input, readable any number of times.
+
+    Attributes:
+        schema: the Arrow schema after `input.columns`.
+        is_own_output: the input was written by batchrun.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self._setting: InputSetting = job.input
+        self._folder = job.path.parent
+        self._files = _find(job)
+        self._raw_schema, self.is_own_output = self._read_schema()
+        self._plan = _plan(self._setting, self._raw_schema)
+        if not self._plan:
+            raise InputError(f"{self._files[0].path}: has no columns")
+        self.schema = pa.schema([field for _, field in self._plan])
+        if self._setting.id is not None and self._setting.id not in self.schema.names:
+            raise InputError(f"input.id: {_no_column(self._setting.id, self.schema.names)}")
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of the columns, in order."""
+        return list(self.schema.names)
+
+    @property
+    def file_names(self) -> str:
+        """The files, for a message."""
+        first = str(self._files[0].path)
+        return first if len(self._files) == 1 else f"{first} and {len(self._files) - 1} more"
+
+    def fingerprint(self) -> list[list[Any]]:
+        """Path, size and modification time of each file: unchanged, they are not read again to be checked."""
+        found: list[list[Any]] = []
+        for file in self._files:
+            status = file.path.stat()
+            try:
+                name = str(file.path.relative_to(self._folder))
+            except ValueError:
+                name = str(file.path)
+            found.append([name, status.st_size, status.st_mtime_ns])
+        return found
+
+    def batches(self, only: Sequence[str] | None = None) -> Iterator[Batch]:
+        """Read all rows, or `only` some columns of them."""
+        plan = [entry for entry in self._plan if only is None or entry[1].name in only] or self._plan[:1]
+        limit = self._setting.limit
+        start = 0
+        for file in self._files:
+            in_file = 0
+            for rows in self._read(file, [name for name, _ in plan]):
+                if limit is not None and start + rows.num_rows > limit:
+                    rows = rows.slice(0, limit - start)
+                if rows.num_rows:
+                    yield Batch(start, self._shape(rows, plan, file, in_file))
+                start += rows.num_rows
+                in_file += rows.num_rows
+                if limit is not None and start >= limit:
+                    return
+
+    # --- schema ---------------------------------------------------------------------------------------------
+
+    def _read_schema(self) -> tuple[pa.Schema, bool]:
+        schemas = [(file, self._schema_of(file)) for file in self._files]
+        first_file, schema = schemas[0]
+        is_own = bool(schema.metadata and _MANIFEST in schema.metadata)
+        _refuse_duplicates(schema.names, first_file.path)
+        for file, other in schemas[1:]:
+            if other.names != schema.names:
+                raise InputError(
+                    f"{file.path}: its columns ({', '.join(other.names)}) differ from those of "
+                    f"{first_file.path} ({', '.join(schema.names)})"
+                )
+            try:
+                schema = pa.unify_schemas([schema, other], promote_options="permissive")
+            except (pa.ArrowInvalid, pa.ArrowTypeError) as exc:
+                raise InputError(f"{file.path}: its column types differ from those of the other files: {exc}") from exc
+        return schema.remove_metadata(), is_own
+
+    def _schema_of(self, file: _File) -> pa.Schema:
+        match file.format:
+            case "parquet":
+                with _reading(file.path), pq.ParquetFile(file.path) as parquet:
+                    return parquet.schema_arrow
+            case "jsonl":
+                return self._infer_jsonl(file)
+            case _:
+                with _reading(file.path), self._text(file) as fp:
+                    header = next(self._csv(file, fp), None)
+                if header is None:
+                    raise InputError(f"{file.path}: is empty: it has no header line")
+                _refuse_duplicates(header, file.path)
+                return pa.schema([(name, pa.string()) for name in header])
+
+    def _infer_jsonl(self, file: _File) -> pa.Schema:
+        """The types of all records: JSON has no schema, and the first record need not show every column."""
+        found: dict[str, pa.DataType] = {}
+        for number, _, record in self._jsonl_records(file):
+            for name, value in record.items():
+                try:
+                    found[name] = _common(found.get(name, pa.null()), _json_type(value))
+                except TypeError as exc:
+                    raise InputError(f"{file.path}: line {number}: column {name!r}: {exc}") from None
+        return pa.schema(list(found.items()))
+
+    # --- reading --------------------------------------------------------------------------------------------
+
+    def _read(self, file: _File, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        match file.format:
+            case "parquet":
+                with _reading(file.path), pq.ParquetFile(file.path, buffer_size=1 << 18) as parquet:
+                    # A buffered stream per column: a row group of any size is never held whole.
+                    yield from parquet.iter_batches(_batch_rows(parquet), columns=list(names), use_threads=False)
+            case "jsonl":
+                yield from self._read_jsonl(file, pa.schema([self._raw_schema.field(name) for name in names]))
+            case _:
+                yield from self._read_csv(file, names)
+
+    def _read_csv(self, file: _File, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        schema = pa.schema([(name, pa.string()) for name in names])
+        with _reading(file.path), self._text(file) as fp:
+            reader = self._csv(file, fp)
+            header = next(reader)
+            wanted = [header.index(name) for name in names]
+            held: list[list[str]] = []
+            size = 0
+            for cells in _rows_of(reader, file.path):
+                if not cells:
+                    continue  # a blank line is no row
+                if len(cells) != len(header):
+                    raise InputError(
+                        f"{file.path}: line {reader.line_num}: {len(cells)} cells where the header has "
+                        f"{len(header)}: a comma or a quote too many or too few?"
+                    )
+                held.append(cells)
+                size += sum(map(len, cells))
+                if len(held) >= _BATCH_ROWS or size >= _BATCH_BYTES:
+                    yield _text_batch(held, wanted, schema)
+                    held, size = [], 0
+            if held:
+                yield _text_batch(held, wanted, schema)
+
+    def _csv(self, file: _File, fp: IO[str]) -> Any:
+        # The module's own limit of 128 kB a cell is below what a long prompt takes.
+        csv.field_size_limit(sys.maxsize)
+        return csv.reader(fp, delimiter="\t" if file.format == "tsv" else ",", strict=True)
+
+    def _read_jsonl(self, file: _File, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+        parsing = json_format.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
+        lines: list[bytes] = []
+        size = 0
+
+        def batch() -> pa.RecordBatch:
+            reading = json_format.ReadOptions(use_threads=False, block_size=size + len(lines) + 1)
+            table = json_format.read_json(BytesIO(b"\n".join(lines)), reading, parsing).select(schema.names)
+            return table.combine_chunks().to_batches()[0].cast(schema)
+
+        with _reading(file.path):
+            for _, line, _ in self._jsonl_records(file):
+                lines.append(line.encode())
+                size += len(lines[-1])
+                if len(lines) >= _BATCH_ROWS or size >= _BATCH_BYTES:
+                    yield batch()
+                    lines, size = [], 0
+            if lines:
+                yield batch()
+
+    def _jsonl_records(self, file: _File) -> Iterator[tuple[int, str, dict[str, Any]]]:
+        """Line number, text and content of each record; blank lines are none."""
+        with _reading(file.path), self._text(file) as fp:
+            for number, line in enumerate(fp, 1):
+                if not line.strip():
+                    continue
+                try:
+                    record = json.loads(line, parse_constant=_no_constant)
+                    line.encode()
+                except (ValueError, RecursionError) as exc:
+                    raise InputError(f"{file.path}: line {number}: no valid JSON: {exc}") from None
+                if not isinstance(record, dict):
+                    raise InputError(f'{file.path}: line {number}: should be an object, such as {{"review": "…"}}')
+                yield number, line.strip(), record
+
+    @contextmanager
+    def _text(self, file: _File) -> Iterator[IO[str]]:
+        encoding = self._setting.encoding
+        if encoding.lower().replace("_", "-") in ("utf-8", "utf8"):
+            encoding = "utf-8-sig"  # the same, and a byte order mark is not part of the first column's name
+        newline = "\n" if file.format == "jsonl" else ""
+        opened: Any = gzip.open if file.is_gzip else Path.open
+        with (
+            opened(file.path, "rb") as raw,
+            TextIOWrapper(raw, encoding=encoding, newline=newline) as fp,
+        ):
+            try:
+                yield fp
+            except UnicodeDecodeError as exc:
+                raise InputError(
+                    f"{file.path}: is not {self._setting.encoding} (byte {exc.object[exc.start]:#04x}): "
+                    "set input: {encoding: …}, such as latin-1 or cp1252"
+                ) from None
+
+    def _shape(
+        self, rows: pa.RecordBatch, plan: Sequence[tuple[str, pa.Field]], file: _File, first: int
+    ) -> pa.RecordBatch:
+        """Put columns into the schema's names and types; a value that does not fit is named with its row."""
+        arrays = []
+        for name, field in plan:
+            column = rows.column(rows.schema.get_field_index(name))
+            if column.type != field.type:
+                column = _cast(column, field, name, f"{file.path}: row", first)
+            arrays.append(column)
+        return pa.RecordBatch.from_arrays(arrays, schema=pa.schema([field for _, field in plan]))
+
+
+def _find(job: Job) -> list[_File]:
+    setting = job.input
+    if setting.path == "-":
+        raise InputError("input: standard input cannot be the input: it is read more than once; write it to a file")
+    path = job.resolve(setting.path)
+    if path.exists():
+        paths = [path]
+    else:
+        paths = sorted(Path(found) for found in glob.glob(str(path), recursive=True))  # noqa: PTH207 - Path.glob wants a root
+        if not paths:
+            raise InputError(f"input: there is no file {path}")
+    files = []
+    for found in paths:
+        if found.is_dir():
+            raise InputError(f"input: {found} is a folder: name its files, such as {found}/*.parquet")
+        if not stat.S_ISREG(found.stat().st_mode):
+            raise InputError(f"input: {found} is no regular file: the input is read more than once; write it to a file")
+        is_gzip = found.suffix == ".gz"
+        suffix = Path(found.stem).suffix if is_gzip else found.suffix
+        form = setting.format or _BY_SUFFIX.get(suffix.lower())
+        if form is None:
+            raise InputError(
+                f"input: {found}: {suffix or 'a name without an ending'} does not say what it is: "
+                "set input: {format: csv | tsv | parquet | jsonl}"
+            )
+        if form == "parquet" and is_gzip:
+            raise InputError(f"input: {found}: a gzipped Parquet file cannot be read in place: unpack it")
+        files.append(_File(found, form, is_gzip))
+    return files
+
+
+def _plan(setting: InputSetting, schema: pa.Schema) -> list[tuple[str, pa.Field]]:
+    """Which raw column becomes which field."""
+    chosen = setting.columns
+    names = list(schema.names)
+    for name in chosen or ():
+        if name not in names:
+            raise InputError(f"input.columns: {_no_column(name, names)}")
+    if isinstance(chosen, list):
+        return [(name, schema.field(name)) for name in chosen]
+    plan = []
+    for name in names:
+        wanted = chosen.get(name, ColumnSetting()) if chosen is not None else ColumnSetting()
+        if wanted is None:
+            continue
+        wanted = ColumnSetting(type=wanted) if isinstance(wanted, str) else wanted
+        field = schema.field(name)
+        if wanted.type is not None:
+            if wanted.type not in _TYPES:
+                raise InputError(f"input.columns.{name}: {wanted.type!r} is no type: use {', '.join(_TYPES)}")
+            field = pa.field(name, _TYPES[wanted.type])
+        plan.append((name, field.with_name(wanted.name or name)))
+    _refuse_duplicates([field.name for _, field in plan], Path("input.columns"))
+    return plan
+
+
+def _no_column(name: str, names: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, names, 1)
+    mend = f"did you mean {near[0]!r}?" if near else f"the columns are {', '.join(names)}"
+    return f"there is no column {name!r}: {mend}"
+
+
+def _refuse_duplicates(names: Sequence[str], path: Path) -> None:
+    doubled = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+    if doubled:
+        raise InputError(f"{path}: the column name {doubled[0]!r} stands twice")
+
+
+def _batch_rows(parquet: pq.ParquetFile) -> int:
+    """Rows a batch, fewer where rows are big."""
+    rows, size = 0, 0
+    for index in range(parquet.metadata.num_row_groups):
+        group = parquet.metadata.row_group(index)
+        rows, size = rows + group.num_rows, size + group.total_byte_size
+    return max(1, min(_BATCH_ROWS, _BATCH_BYTES * max(rows, 1) // max(size, 1)))
+
+
+def _rows_of(reader: Any, path: Path) -> Iterator[list[str]]:
+    try:
+        yield from reader
+    except csv.Error as exc:
+        raise InputError(f"{path}: line {reader.line_num}: no valid CSV: {exc}") from exc
+
+
+def _text_batch(rows: list[list[str]], wanted: list[int], schema: pa.Schema) -> pa.RecordBatch:
+    columns = list(zip(*rows, strict=True))
+    return pa.RecordBatch.from_arrays([build(columns[index], pa.string()) for index in wanted], schema=schema)
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _json_type(value: Any) -> pa.DataType:
+    """The Arrow type of a JSON value."""
+    match value:
+        case None:
+            return pa.null()
+        case bool():
+            return pa.bool_()
+        case int():
+            if not -(2**63) <= value < 2**63:
+                raise TypeError(f"{str(value)[:40]} does not fit into 64 bits: write it as text")
+            return pa.int64()
+        case float():
+            return pa.float64()
+        case str():
+            return pa.string()
+        case list():
+            items = pa.null()
+            for item in value:
+                items = _common(items, _json_type(item))
+            return pa.list_(items)
+        case _:
+            return pa.struct([(name, _json_type(item)) for name, item in value.items()])
+
+
+def _common(first: pa.DataType, second: pa.DataType) -> pa.DataType:
+    """The type that holds values of both; TypeError if there is none."""
+    if first == second or pa.types.is_null(second):
+        return first
+    if pa.types.is_null(first):
+        return second
+    if {first, second} == {pa.int64(), pa.float64()}:
+        return pa.float64()
+    if pa.types.is_list(first) and pa.types.is_list(second):
+        return pa.list_(_common(first.value_type, second.value_type))
+    if pa.types.is_struct(first) and pa.types.is_struct(second):
+        fields = {field.name: field.type for field in first}
+        for field in second:
+            fields[field.name] = _common(fields.get(field.name, pa.null()), field.type)
+        return pa.struct(list(fields.items()))
+    raise TypeError(f"is {second} here and {first} above: a column has one type")
+
+
+def _cast(column: pa.Array, field: pa.Field, name: str, where: str, first: int) -> pa.Array:
+    if pa.types.is_string(column.type) and field.type in _FROM_TEXT:
+        return _cast_text(column, field.type, name, where, first)
+    try:
+        return column.cast(field.type)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        pass
+    for index in range(len(column)):
+        try:
+            column.slice(index, 1).cast(field.type)
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+            raise InputError(
+                f"{where} {first + index + 1}: column {name!r}: {str(column[index].as_py())[:60]!r} is no {field.type}"
+            ) from None
+    raise InputError(f"{where}s from {first + 1}: column {name!r} ({column.type}) cannot become {field.type}")
+
+
+def _cast_text(column: pa.Array, kind: pa.DataType, name: str, where: str, first: int) -> pa.Array:
+    """Text as another type; an empty cell is null."""
+    convert = _FROM_TEXT[kind]
+    values = []
+    for index, text in enumerate(column.to_pylist()):
+        try:
+            values.append(convert(text.strip()) if text and text.strip() else None)
+        except (ValueError, KeyError):
+            raise InputError(f"{where} {first + index + 1}: column {name!r}: {text[:60]!r} is no {kind}") from None
+    return build(values, kind)
+
+
+def _int64(text: str) -> int:
+    value = int(text)
+    if not -(2**63) <= value < 2**63:
+        raise ValueError
+    return value
+
+
+def _timestamp(text: str) -> datetime:
+    """A time without an offset is UTC."""
+    moment = datetime.fromisoformat(text)
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+
+
+_FROM_TEXT: Mapping[pa.DataType, Callable[[str], Any]] = {
+    pa.int64(): _int64,
+    pa.float64(): float,
+    pa.bool_(): lambda text: {"true": True, "false": False, "1": True, "0": False}[text.lower()],
+    pa.date32(): date.fromisoformat,
+    pa.timestamp("us", tz="UTC"): _timestamp,
+}
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Errors of files and formats as ours."""
+    try:
+        yield
+    except csv.Error as exc:
+        raise InputError(f"{path}: line 1: no valid CSV: {exc}") from exc
+    except (OSError, EOFError, pa.ArrowException) as exc:
+        raise InputError(f"{path}: cannot be read: {exc}") from exc

@@ -1,0 +1,109 @@
+"""A commented job file to start from, written for a data file."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pyarrow as pa
+
+from batchrun.answers import result_schema
+from batchrun.errors import JobError, StorageError
+from batchrun.job import Job
+from batchrun.source import Source
+
+_TEMPLATE = """\
+# yaml-language-server: $schema=job.schema.json
+# Editors complete and check this file after: batchrun schema > job.schema.json
+# Paths are relative to this file. Try it with: batchrun check {name}
+
+{input}
+
+# Jinja2 over the columns: {columns}
+prompt:
+  system: You answer briefly.
+  user: |
+{user}
+
+# A small model on this very machine, which needs no key. For AI/ML API instead, with AIML_API_KEY set:
+#   provider: aimlapi
+#   model: anthropic/claude-sonnet-4
+provider: local
+model: smollm2-135m
+
+# Sent as they stand.
+parameters: {{max_tokens: 64, temperature: 0}}
+
+# The most requests in flight.
+concurrency: 4
+
+output: {output}
+"""
+
+
+def write_starter(data: Path, path: Path) -> Path:
+    """Write a job file for `data` at `path`; an existing file is never overwritten.
+
+    Raises:
+        JobError: the data cannot be read, or the file is there already.
+    """
+    relative = os.path.relpath(data, path.parent)
+    source = Source(_probe(data, path))
+    results = set(result_schema(streamed=True).names)
+    kept = [name for name in source.columns if name not in results] if source.is_own_output else source.columns
+    if not kept:
+        raise JobError(f"{data}: has no columns but batchrun's own results")
+    if source.is_own_output:
+        # The result columns of that job would stand in the way of this one's.
+        dropped = [name for name in source.columns if name in results and name != "response"]
+        renamed = ["response: {name: earlier_response}"] if "response" in source.columns else []
+        pairs = ", ".join([*renamed, *(f"{name}: null" for name in dropped)])
+        reading = (
+            "# Written by batchrun: its own result columns are dropped or renamed.\n"
+            f"input:\n  path: {_text(relative)}\n  columns: {{{pairs}}}"
+        )
+        columns = [*kept, *(["earlier_response"] if renamed else [])]
+    else:
+        reading, columns = f"input: {_text(relative)}", kept
+    text = _TEMPLATE.format(
+        name=path.name,
+        input=reading,
+        columns=", ".join(columns),
+        user=_user_lines(source, kept),
+        output=_text(f"outputs/{path.stem}.parquet"),
+    )
+    try:
+        with path.open("x", encoding="utf-8") as fp:
+            fp.write(text)
+    except FileExistsError:
+        raise JobError(f"{path} is there already: name another with --output") from None
+    except OSError as exc:
+        raise StorageError(f"{path} cannot be written: {exc.strerror or exc}") from exc
+    return path
+
+
+def _probe(data: Path, path: Path) -> Job:
+    job = Job.model_validate({"input": str(data.absolute()), "provider": "local", "model": "m", "output": "o.parquet"})
+    job._path = path.absolute()
+    return job
+
+
+def _user_lines(source: Source, columns: list[str]) -> str:
+    """The column with the longest texts, or all of them if none is text."""
+    lengths = {name: 0 for name in columns if pa.types.is_string(source.schema.field(name).type)}
+    for batch in source.batches(list(lengths)):
+        for name in lengths:
+            lengths[name] = sum(len(value.as_py() or "") for value in batch.rows.column(name))
+        break
+    chosen = [max(lengths, key=lambda name: lengths[name])] if lengths else columns
+    return "\n".join(f"    {name}: {{{{ {_reference(name)} }}}}" for name in chosen)
+
+
+def _reference(name: str) -> str:
+    return name if name.isidentifier() else f"row[{name!r}]"
+
+
+def _text(value: str) -> str:
+    """A YAML scalar."""
+    plain = value and all(character.isalnum() or character in "/._-" for character in value) and value[0] not in "-."
+    return value if plain or value.startswith(("../", "./")) else "'" + value.replace("'", "''") + "'"

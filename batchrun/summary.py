@@ -1,0 +1,128 @@
+"""What a run came to: one object for machines, a few lines for people."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any
+
+from batchrun.money import usd_text
+from batchrun.records import Totals
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The end of an invocation, with the totals of its whole run."""
+
+    job: str
+    run_id: str
+    model: str
+    rows: int
+    totals: Totals
+    exit_code: int
+    reason: str | None
+    output: str | None
+    """Where the Parquet is; None if none was written."""
+    ledger: str
+    seconds: float
+    """Of this invocation."""
+    sent: int
+    """Attempts of this invocation."""
+
+    @property
+    def pending(self) -> int:
+        """Rows that no attempt has decided yet."""
+        return max(0, self.rows - self.totals.ok - self.totals.failed)
+
+    def manifest(self) -> dict[str, Any]:
+        """What the output's metadata says of the run."""
+        totals = self.totals
+        return {
+            "job": self.job,
+            "run_id": self.run_id,
+            "model": self.model,
+            "rows": self.rows,
+            "ok": totals.ok,
+            "failed": totals.failed,
+            "pending": self.pending,
+            "complete": self.pending == 0,
+            "reason": self.reason,
+            "usd_spent": totals.usd,
+            "usd_by_source": totals.usd_by_source,
+            "unknown_cost_attempts": totals.unknown_cost,
+            "unknown_outcomes": totals.unknown_outcomes,
+            "unplaced": totals.unplaced,
+            "unplaced_usd": totals.unplaced_usd,
+            "prompt_tokens": totals.prompt_tokens,
+            "completion_tokens": totals.completion_tokens,
+            "total_tokens": totals.total_tokens,
+            "cached_tokens": totals.cached_tokens,
+            "attempts": totals.attempts,
+        }
+
+    def to_json(self) -> str:
+        """One JSON object; dollars are numbers with all their digits."""
+        document = self.manifest() | {
+            "exit_code": int(self.exit_code),
+            "failures": [
+                {"kind": kind, "rows": rows, "example": example} for kind, rows, example in self.totals.failures
+            ],
+            "flags": self.totals.flags,
+            "seconds": round(self.seconds, 3),
+            "sent": self.sent,
+            "slowest_seconds": self.totals.slowest_seconds,
+            "output": self.output,
+            "ledger": self.ledger,
+        }
+        return exact_json(document)
+
+    def lines(self) -> list[str]:
+        """A short text."""
+        totals = self.totals
+        rate = f", {self.sent / self.seconds:.1f} requests/s" if self.sent and self.seconds > 0 else ""
+        lines = [
+            f"run {self.run_id}: {totals.ok} ok, {totals.failed} failed, {self.pending} pending "
+            f"of {self.rows} rows in {self.seconds:.1f} s{rate}",
+            f"tokens: {totals.prompt_tokens} prompt ({totals.cached_tokens} cached), "
+            f"{totals.completion_tokens} completion, {totals.total_tokens} total",
+            f"spent: ${usd_text(totals.usd)}{self._sources()}",
+        ]
+        if totals.unknown_outcomes:
+            lines.append(
+                f"unknown: {totals.unknown_outcomes} attempts got no answer and may be on the bill; "
+                "they are not in the amount above"
+            )
+        if (uncounted := totals.unknown_cost - totals.unknown_outcomes) > 0:
+            lines.append(f"unknown cost: {uncounted} attempts whose cost nobody reported; set prices: in the job")
+        if totals.unplaced:
+            lines.append(
+                f"unplaced: {totals.unplaced} answers (${usd_text(totals.unplaced_usd)}) whose row the input no "
+                "longer has"
+            )
+        if totals.slowest_seconds is not None:
+            lines.append(f"slowest answer: {totals.slowest_seconds:.1f} s")
+        if totals.flags:
+            lines.append("flags: " + ", ".join(f"{number} {name}" for name, number in totals.flags.items()))
+        for kind, rows, example in totals.failures:
+            lines.append(f"failed: {rows} × {kind}, such as: {example[:200]}")
+        if totals.failed:
+            lines.append("failed rows are asked again with --retry-failed")
+        lines.append(f"output: {self.output}" if self.output else f"no output was written; ledger: {self.ledger}")
+        return lines
+
+    def _sources(self) -> str:
+        sources = self.totals.usd_by_source
+        shown = {source: usd for source, usd in sources.items() if usd} or sources
+        return f" ({', '.join(f'{source} ${usd_text(usd)}' for source, usd in shown.items())})" if shown else ""
+
+
+def exact_json(value: Any) -> str:
+    """JSON whose Decimals are numbers with every digit, which a float would not keep."""
+    if isinstance(value, Decimal):
+        return usd_text(value)
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(key)}: {exact_json(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(exact_json, value)) + "]"
+    return json.dumps(value, ensure_ascii=False)

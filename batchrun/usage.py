@@ -1,0 +1,135 @@
+"""Token counts in one normal form, whatever names a provider gives them.
+
+`prompt_tokens` is everything the model read: cached and cache-write tokens are parts of it. `completion_tokens`
+is what the provider reports under that name; reasoning may stand inside or outside of it, so what is billed as
+output is `billable_output`. A count that nobody reported is None, never 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from decimal import Decimal
+from typing import Any
+
+_MOST = 2**53  # beyond this a JSON number is no count
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Counts of one answer, in tokens; None where unknown."""
+
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    total_tokens: int | None = None
+    cached_tokens: int | None = None
+    cache_write_tokens: int | None = None
+    reasoning_tokens: int | None = None
+
+    @property
+    def is_known(self) -> bool:
+        """True if both sides are known, so that a price can be put on them."""
+        return self.prompt_tokens is not None and self.completion_tokens is not None
+
+    @property
+    def is_zero(self) -> bool:
+        """True for usage that was sent but says nothing: every count 0."""
+        return self.prompt_tokens == 0 and self.completion_tokens == 0 and not self.total_tokens
+
+    @property
+    def billable_output(self) -> int | None:
+        """Tokens billed as output, reasoning outside `completion_tokens` included.
+
+        >>> Usage(prompt_tokens=9, completion_tokens=566, total_tokens=1521).billable_output
+        1512
+        """
+        if self.completion_tokens is None:
+            return None
+        billed = self.completion_tokens
+        if self.reasoning_tokens is not None and self.reasoning_tokens > self.completion_tokens:
+            billed += self.reasoning_tokens
+        if self.total_tokens is not None and self.prompt_tokens is not None:
+            billed = max(billed, self.total_tokens - self.prompt_tokens)
+        return billed
+
+
+def count(value: object) -> int | None:
+    """Read one count from JSON: an integer, also as `16.0` or `"16"`; anything else is None.
+
+    >>> count(Decimal("16.0")), count(True), count(-1), count(1.5)
+    (16, None, None, None)
+    """
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, str):
+        return int(value) if value.isascii() and value.isdigit() and len(value) < 16 else None
+    # A NaN or an infinity is not within the bounds either.
+    if isinstance(value, (int, float, Decimal)) and 0 <= value <= _MOST and value == int(value):
+        return int(value)
+    return None
+
+
+def _most(*values: int | None) -> int | None:
+    known = [value for value in values if value is not None]
+    return max(known) if known else None
+
+
+def _part(usage: Mapping[str, Any], outer: tuple[str, ...], inner: tuple[str, ...]) -> int | None:
+    """The largest sighting of a count under any of its names: `outer.inner`, or `inner` at the top."""
+    sightings = [count(usage.get(name)) for name in inner]
+    for name in outer:
+        details = usage.get(name)
+        if isinstance(details, Mapping):
+            sightings += [count(details.get(key)) for key in inner]
+    return _most(*sightings)
+
+
+_READ_DETAILS = ("prompt_tokens_details", "input_tokens_details")
+_WRITTEN_DETAILS = ("completion_tokens_details", "output_tokens_details")
+
+
+def read_usage(usage: object) -> Usage:
+    """One sighting of a `usage` object, names mapped, nothing added up between its sides."""
+    if not isinstance(usage, Mapping):
+        return Usage()
+    cached = _part(usage, _READ_DETAILS, ("cached_tokens", "cache_read_input_tokens", "prompt_cache_hit_tokens"))
+    written = _part(usage, _READ_DETAILS, ("cache_write_tokens", "cache_creation_input_tokens"))
+    if written is None and isinstance(lifetimes := usage.get("cache_creation"), Mapping):
+        known = [value for value in map(count, lifetimes.values()) if value is not None]
+        written = sum(known) if known else None
+    prompt, apart = count(usage.get("prompt_tokens")), count(usage.get("input_tokens"))
+    if apart is not None and ("cache_read_input_tokens" in usage or "cache_creation_input_tokens" in usage):
+        # Anthropic's `input_tokens` leaves out what the cache held; OpenAI's, of the same name, does not.
+        apart += (cached or 0) + (written or 0)
+    prompt = _most(prompt, apart)
+    if prompt is not None and (cached or 0) + (written or 0) > prompt:
+        prompt += (cached or 0) + (written or 0)  # parts cannot exceed their whole: they were outside it
+    completion = _most(count(usage.get("completion_tokens")), count(usage.get("output_tokens")))
+    return Usage(
+        prompt_tokens=prompt,
+        completion_tokens=completion,
+        total_tokens=count(usage.get("total_tokens")),
+        cached_tokens=cached,
+        cache_write_tokens=written,
+        reasoning_tokens=_part(usage, _WRITTEN_DETAILS, ("reasoning_tokens",)),
+    )
+
+
+def merge(first: Usage, second: Usage) -> Usage:
+    """Field-wise maximum of two sightings: neither the sum nor the last of a stream is right."""
+    return Usage(*(_most(getattr(first, field.name), getattr(second, field.name)) for field in fields(Usage)))
+
+
+def settle(usage: Usage) -> Usage:
+    """The normal form after the last sighting: total at least prompt + completion."""
+    if usage.prompt_tokens is None or usage.completion_tokens is None:
+        return usage
+    total = max(usage.total_tokens or 0, usage.prompt_tokens + usage.completion_tokens)
+    return Usage(
+        usage.prompt_tokens,
+        usage.completion_tokens,
+        total,
+        usage.cached_tokens,
+        usage.cache_write_tokens,
+        usage.reasoning_tokens,
+    )

@@ -1,0 +1,488 @@
+"""The chat-completions wire in both directions, pure: request bodies out, answers in.
+
+Answers come as one JSON document or as a stream of events, in the dialects of AI/ML API (before and after February
+13, 2026), OpenAI, Azure, vLLM, Groq, OpenRouter, DeepSeek, llama.cpp, Ollama and Gemini's compatible endpoint.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from decimal import Decimal, InvalidOperation
+from typing import Any
+
+from batchrun.failures import failure_of, request_id_of
+from batchrun.money import CREDITS_PER_USD, amount, usd_from_credits, usd_from_wire
+from batchrun.records import Action, Answer, Failure
+from batchrun.sse import Event, EventParser
+from batchrun.usage import Usage, merge, read_usage, settle
+
+_FINISH = {
+    "stop": "stop", "end_turn": "stop", "stop_sequence": "stop", "eos": "stop",
+    "length": "length", "max_tokens": "length", "model_context_window_exceeded": "length",
+    "tool_calls": "tool_calls", "tool_use": "tool_calls", "function_call": "tool_calls",
+    "content_filter": "content_filter", "refusal": "content_filter", "safety": "content_filter",
+    "error": "error", "insufficient_system_resource": "error",
+}  # fmt: skip
+
+
+def normalise_finish(raw: str | None) -> str:
+    """A provider's finish reason in the common words; an unknown one stays as it is.
+
+    >>> normalise_finish("end_turn"), normalise_finish("MAX_TOKENS"), normalise_finish(None)
+    ('stop', 'length', 'unknown')
+    """
+    return "unknown" if not raw else _FINISH.get(raw.lower(), raw)
+
+
+# --- requests -----------------------------------------------------------------------------------------------
+
+
+def request_body(
+    model: str, messages: Sequence[Mapping[str, Any]], parameters: Mapping[str, Any], *, system: str
+) -> dict[str, Any]:
+    """The JSON document of a request, without what asks for a stream.
+
+    Args:
+        system: `message`, or `top_level` for schemas whose messages know no system role.
+    """
+    body: dict[str, Any] = {"model": model}
+    if system == "top_level":
+        said = [message["content"] for message in messages if message.get("role") == "system"]
+        messages = [message for message in messages if message.get("role") != "system"]
+        if said:
+            body["system"] = "\n\n".join(said) if all(isinstance(text, str) for text in said) else _parts_of(said)
+    body["messages"] = list(messages)
+    body.update(parameters)
+    return body
+
+
+def _parts_of(contents: Sequence[Any]) -> list[Any]:
+    parts: list[Any] = []
+    for content in contents:
+        parts += content if isinstance(content, list) else [{"type": "text", "text": content}]
+    return parts
+
+
+def stream_fields(include_usage: bool) -> dict[str, Any]:
+    """What a request adds to be answered as a stream."""
+    return {"stream": True, "stream_options": {"include_usage": True}} if include_usage else {"stream": True}
+
+
+# --- answers ------------------------------------------------------------------------------------------------
+
+
+def parse_json(raw: bytes | str) -> Any:
+    """JSON with exact decimals; NaN and infinities are null. ValueError if it is no JSON."""
+    text = raw.decode("utf-8", errors="replace") if isinstance(raw, bytes) else raw
+    try:
+        return json.loads(text.lstrip("\ufeff \t\r\n\x00"), parse_float=_decimal, parse_constant=lambda _: None)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _decimal(text: str) -> Decimal | None:
+    try:
+        return Decimal(text)
+    except InvalidOperation:
+        return None
+
+
+def read_answer(
+    raw: bytes, headers: Mapping[str, str], *, streamed: bool, cost_in_usage: bool = False
+) -> Answer | Failure:
+    """Read a whole successful (2xx) answer. `headers` has lower-case names; `{}` when read from the ledger."""
+    reader = AnswerReader(headers, streamed=streamed, cost_in_usage=cost_in_usage)
+    reader.feed(raw)
+    return reader.close()
+
+
+class AnswerReader:
+    """Bytes of a 2xx answer in, an `Answer` or a `Failure` out.
+
+    The same for a plain and a streamed answer: a server may ignore `stream: true` and send one document.
+    """
+
+    def __init__(self, headers: Mapping[str, str], *, streamed: bool, cost_in_usage: bool = False) -> None:
+        self._headers = headers
+        self._cost_in_usage = cost_in_usage
+        self._events: EventParser | None = EventParser() if streamed else None
+        self._head: list[bytes] = []
+        self._is_sniffed = not streamed
+        self._merged = _Merged()
+        self.is_done = False
+        """True once `[DONE]` has come: nothing after it counts."""
+
+    @property
+    def has_content(self) -> bool:
+        """True once the first piece of the answer has come."""
+        return self._merged.has_content
+
+    @property
+    def usage(self) -> Usage:
+        """The counts seen so far, also of an answer that failed."""
+        return settle(self._merged.usage)
+
+    @property
+    def is_bare_error(self) -> bool:
+        """True for a 2xx that holds an error and nothing of an answer: neither a piece of it nor counts."""
+        merged = self._merged
+        return merged.failure is not None and not merged.has_content and merged.usage == Usage()
+
+    def reported_cost(self) -> tuple[Decimal | None, str | None]:
+        """Dollars that the provider reports, and `reported` or `credits`."""
+        return self._reported()[:2]
+
+    def feed(self, raw: bytes) -> None:
+        """Take the next bytes."""
+        if self.is_done:
+            return
+        if not self._is_sniffed:
+            self._head.append(raw)
+            start = b"".join(self._head).lstrip(b"\xef\xbb\xbf \t\r\n")
+            if not start:
+                return
+            self._is_sniffed = True
+            if start[:1] in b"{[<":
+                self._events = None
+                return
+            raw, self._head = b"".join(self._head), []
+        if self._events is None:
+            self._head.append(raw)
+        else:
+            self._take(self._events.feed(raw))
+
+    def close(self, error: Failure | None = None) -> Answer | Failure:
+        """The end of the answer. `error`: the connection broke; what had come may still be whole."""
+        if self._events is None:
+            return self._close_document(error)
+        if self._head:
+            self._take(self._events.feed(b"".join(self._head)))
+        if not self.is_done:
+            self._take(self._events.close())
+        merged = self._merged
+        if merged.failure is not None:
+            return merged.failure
+        if not self.is_done and merged.finish is None:
+            return error or Failure(
+                "incomplete_stream",
+                Action.RETRY,
+                "the stream ended without a finish reason" if merged.has_any else "the answer is empty",
+                request_id=request_id_of(self._headers),
+            )
+        flags = ("incomplete_tail",) if error is not None and not self.is_done else ()
+        return self._answer(merged, flags)
+
+    def _close_document(self, error: Failure | None) -> Answer | Failure:
+        if error is not None:
+            return error  # half a document is no document
+        raw = b"".join(self._head)
+        try:
+            document = parse_json(raw)
+        except ValueError:
+            return self._close_undecodable(raw)
+        if isinstance(document, list) and document and isinstance(document[0], dict):
+            document = document[0]
+        if not isinstance(document, dict):
+            return self._malformed("the answer is JSON, but no object")
+        self._merged.take(document, self._headers)
+        if self._merged.failure is None and not self._merged.has_choice:
+            if _is_error_document(document):
+                return failure_of(document, self._headers)
+            return self._malformed("the answer has no choices")
+        return self._merged.failure or self._answer(self._merged, ())
+
+    def _close_undecodable(self, raw: bytes) -> Answer | Failure:
+        """No JSON: perhaps events that begin with a bare document, or a server that streams unasked."""
+        start = raw.lstrip(b"\xef\xbb\xbf \t\r\n")
+        if start.startswith((b"data:", b"event:", b":", b"id:", b"retry:")) or b"\ndata:" in start:
+            self._events, self._head = EventParser(), [raw]
+            return self.close()
+        if not start:
+            return self._malformed("the answer is empty", kind="incomplete_stream")
+        what = "the answer is HTML" if start.startswith(b"<") else "the answer is no JSON"
+        return self._malformed(f"{what}: {start[:120].decode('utf-8', errors='replace')}")
+
+    def _malformed(self, message: str, kind: str = "malformed") -> Failure:
+        return Failure(kind, Action.RETRY, message, request_id=request_id_of(self._headers))
+
+    def _take(self, events: list[Event]) -> None:
+        for event in events:
+            if self.is_done:
+                return
+            data = event.data.strip()
+            if not data:
+                continue
+            if data == "[DONE]":
+                self.is_done = True
+                return
+            try:
+                document = parse_json(data)
+            except ValueError:
+                if event.name == "error":
+                    self._merged.fail(failure_of({"message": data}, self._headers))
+                continue  # a keep-alive in plain words, or a chunk that the end of the stream has cut
+            if isinstance(document, list) and document and isinstance(document[0], dict):
+                document = document[0]
+            if isinstance(document, dict):
+                if event.name == "error" and not isinstance(document.get("choices"), list):
+                    self._merged.fail(failure_of(document, self._headers))
+                else:
+                    self._merged.take(document, self._headers)
+
+    def _answer(self, merged: _Merged, flags: tuple[str, ...]) -> Answer | Failure:
+        finish = normalise_finish(merged.finish)
+        if finish == "error":
+            return Failure(
+                "server",
+                Action.RETRY,
+                f"finish reason {merged.finish!r}",
+                request_id=request_id_of(self._headers),
+            )
+        usage = settle(merged.usage)
+        usd, source, credits_used, disagree = self._reported()
+        text = merged.text()
+        found = list(flags)
+        if text is None and merged.refusal:
+            text = "".join(merged.refusal)
+        if merged.refusal or (merged.finish or "").lower() == "refusal":
+            found.append("refusal")
+        if finish == "length":
+            found.append("truncated")
+        if finish == "content_filter":
+            found.append("filtered")
+        if not (text or "").strip() and not merged.tools:
+            found.append("empty")
+        if usage.is_zero:
+            found.append("zero_usage")
+        if disagree:
+            found.append("cost_mismatch")
+        return Answer(
+            text=text,
+            finish_reason=finish,
+            finish_reason_raw=merged.finish,
+            usage=usage,
+            usd=usd,
+            usd_source=source,
+            credits_used=credits_used,
+            upstream_usd=usd_from_wire(merged.cost) if not self._cost_in_usage else None,
+            model=merged.model,
+            answer_id=merged.answer_id,
+            reasoning=_sound("".join(merged.reasoning)) if merged.reasoning else None,
+            tool_calls=tuple(merged.tools[index] for index in sorted(merged.tools)),
+            flags=tuple(found),
+        )
+
+    def _reported(self) -> tuple[Decimal | None, str | None, Decimal | None, bool]:
+        """Dollars, their source, credits, and whether the two disagree."""
+        usd, source, credits_used, disagree = _reported(self._merged.meta, self._headers)
+        if usd is None:
+            cost = self._merged.cost if self._cost_in_usage else None
+            usd = usd_from_wire(cost if cost is not None else self._headers.get("x-litellm-response-cost"))
+            source = "reported" if usd is not None else None
+        return usd, source, credits_used, disagree
+
+
+def _is_error_document(document: Mapping[str, Any]) -> bool:
+    return any(name in document for name in ("error", "message", "detail", "statusCode", "title", "errors"))
+
+
+def _reported(
+    meta: Mapping[str, Any], headers: Mapping[str, str]
+) -> tuple[Decimal | None, str | None, Decimal | None, bool]:
+    """AI/ML API's own cost: dollars, source, credits, and whether the two disagree by more than a credit."""
+    used = meta.get("usage")
+    usage: Mapping[str, Any] = used if isinstance(used, Mapping) else {}
+    credits_used = next(
+        (
+            value
+            for value in (
+                amount(usage.get("credits_used")),
+                amount(headers.get("x-aimlapi-credits-used")),
+                amount(usage.get("tokens_used")),  # the old name of the same
+            )
+            if value is not None
+        ),
+        None,
+    )
+    usd = usd_from_wire(usage.get("usd_spent"))
+    if usd is None:
+        usd = usd_from_wire(headers.get("x-aimlapi-usd-spent"))
+    if usd is not None:
+        apart = credits_used is not None and abs(usd * CREDITS_PER_USD - credits_used) > 1
+        return usd, "reported", credits_used, apart
+    if credits_used is not None:
+        return usd_from_credits(credits_used), "credits", credits_used, False
+    return None, None, None, False
+
+
+def _sound(text: str) -> str:
+    """Text that UTF-8 can carry: halves of a surrogate pair joined, lone ones replaced."""
+    if text.isascii():
+        return text
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text
+
+
+class _Merged:
+    """What the documents of one answer add up to; a plain answer is a stream of one."""
+
+    def __init__(self) -> None:
+        self.usage = Usage()
+        self.meta: dict[str, Any] = {}
+        self.cost: Any = None
+        self.model: str | None = None
+        self.answer_id: str | None = None
+        self.finish: str | None = None
+        self.failure: Failure | None = None
+        self.content: list[str] | None = None
+        self.reasoning: list[str] = []
+        self.refusal: list[str] = []
+        self.tools: dict[int, dict[str, Any]] = {}
+        self.has_choice = False
+        self.has_any = False
+
+    @property
+    def has_content(self) -> bool:
+        return bool(self.content and any(self.content)) or bool(self.reasoning) or bool(self.tools)
+
+    def fail(self, failure: Failure) -> None:
+        """The first error of an answer is its result."""
+        self.failure = self.failure or failure
+
+    def text(self) -> str | None:
+        return None if self.content is None else _sound("".join(self.content))
+
+    def take(self, document: Mapping[str, Any], headers: Mapping[str, str]) -> None:
+        """Take one document: a whole answer, or one chunk, also in the wrapper from before February 13, 2026."""
+        self.has_any = True
+        state = document.get("state")
+        wrapped = document.get("event")
+        if isinstance(wrapped, Mapping):
+            document = wrapped
+        if isinstance(state, Mapping):
+            self.usage = merge(self.usage, read_usage(state.get("usage")))
+            if isinstance(reason := state.get("finishReason"), str) and reason and self.finish is None:
+                self.finish = reason
+        error = document.get("error")
+        if error:
+            self.fail(failure_of({**document, "error": error}, headers))
+        self._take_counts(document, headers)
+        if isinstance(name := document.get("model"), str) and name:
+            self.model = self.model or _sound(name)
+        if isinstance(answer_id := document.get("id"), str) and answer_id:
+            self.answer_id = self.answer_id or _sound(answer_id)
+        choices = document.get("choices")
+        choice = _first_choice(choices) if isinstance(choices, list) else None
+        if choice is not None:
+            self.has_choice = True
+            self._take_choice(choice, headers)
+        elif document.get("object") == "error" or (
+            "choices" not in document and "usage" not in document and "statusCode" in document
+        ):
+            self.fail(failure_of(document, headers))
+
+    def _take_counts(self, document: Mapping[str, Any], headers: Mapping[str, str]) -> None:
+        usage = document.get("usage")
+        self.usage = merge(self.usage, read_usage(usage))
+        if isinstance(usage, Mapping) and usage.get("cost") is not None:
+            self.cost = usage["cost"]
+        groq = document.get("x_groq")
+        if isinstance(groq, Mapping):
+            self.usage = merge(self.usage, read_usage(groq.get("usage")))
+            if groq.get("error"):
+                self.fail(failure_of({"error": groq["error"]}, headers))
+        if isinstance(meta := document.get("meta"), Mapping):
+            for name, value in meta.items():
+                earlier = self.meta.get(name)
+                if isinstance(earlier, dict) and isinstance(value, Mapping):
+                    earlier.update({key: said for key, said in value.items() if said is not None})
+                elif value is not None:
+                    self.meta[name] = dict(value) if isinstance(value, Mapping) else value
+
+    def _take_choice(self, choice: Mapping[str, Any], headers: Mapping[str, str]) -> None:
+        if choice.get("error"):
+            self.fail(failure_of({"error": choice["error"]}, headers))
+        reason = choice.get("finish_reason")
+        if isinstance(reason, str) and reason:
+            self.finish = reason
+        delta, message = choice.get("delta"), choice.get("message")
+        if isinstance(delta, Mapping):
+            self._take_message(delta)
+        elif isinstance(message, Mapping) and not self.has_content:
+            # A last chunk may repeat the whole message; it adds nothing to the pieces that came before.
+            self._take_message(message)
+        elif isinstance(text := choice.get("text"), str):
+            self._say(text)
+
+    def _take_message(self, message: Mapping[str, Any]) -> None:
+        content = message.get("content")
+        if isinstance(content, str):
+            self._say(content)
+        elif isinstance(content, (list, Mapping)):
+            for part in content if isinstance(content, list) else [content]:
+                self._take_part(part)
+        for name in ("reasoning_content", "reasoning"):
+            if isinstance(thought := message.get(name), str) and thought:
+                self.reasoning.append(thought)
+                break
+        else:
+            details = message.get("reasoning_details")
+            for detail in details if isinstance(details, list) else ():
+                if isinstance(detail, Mapping) and isinstance(said := detail.get("text"), str):
+                    self.reasoning.append(said)
+        if isinstance(refusal := message.get("refusal"), str) and refusal:
+            self.refusal.append(refusal)
+        calls = message.get("tool_calls")
+        for position, call in enumerate(calls if isinstance(calls, list) else ()):
+            if isinstance(call, Mapping):
+                self._take_tool_call(position, call)
+        function = message.get("function_call")
+        if isinstance(function, Mapping):
+            self._take_tool_call(0, {"type": "function", "function": function})
+
+    def _take_part(self, part: object) -> None:
+        if isinstance(part, str):
+            self._say(part)
+        elif isinstance(part, Mapping):
+            said = part.get("text")
+            if isinstance(said, Mapping):
+                said = said.get("value")
+            if isinstance(said, str):
+                self._say(said)
+            elif isinstance(thought := part.get("thinking"), str):
+                self.reasoning.append(thought)
+
+    def _take_tool_call(self, position: int, call: Mapping[str, Any]) -> None:
+        index = call.get("index")
+        index = index if isinstance(index, int) and not isinstance(index, bool) else position
+        tool = self.tools.setdefault(index, {"id": None, "type": "function", "function": {"name": "", "arguments": ""}})
+        if isinstance(call.get("id"), str) and call["id"]:
+            tool["id"] = call["id"]
+        if isinstance(call.get("type"), str):
+            tool["type"] = call["type"]
+        function = call.get("function")
+        if isinstance(function, Mapping):
+            if isinstance(name := function.get("name"), str) and name:
+                tool["function"]["name"] = name
+            arguments = function.get("arguments")
+            if isinstance(arguments, str):
+                tool["function"]["arguments"] += arguments
+            elif arguments is not None:
+                tool["function"]["arguments"] += json.dumps(arguments, ensure_ascii=False, default=str)
+
+    def _say(self, text: str) -> None:
+        if self.content is None:
+            self.content = []
+        self.content.append(text)
+
+
+def _first_choice(choices: Sequence[object]) -> Mapping[str, Any] | None:
+    """The choice with index 0; one without an index counts as such."""
+    for choice in choices:
+        if isinstance(choice, Mapping) and choice.get("index") in (0, None):
+            return choice
+    return None

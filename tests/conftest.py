@@ -1,0 +1,177 @@
+"""What the tests share: the fake provider, a way to call the command line, and small jobs."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, settings
+
+settings.register_profile("batchrun", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+settings.load_profile("batchrun")
+
+KEY = "sk-test-4711-secret"
+
+
+@dataclass
+class FakeProvider:
+    """A running fake provider, seen through its own log."""
+
+    process: subprocess.Popen[str]
+    port: int
+    log: Path
+
+    @property
+    def base_url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/v1"
+
+    @property
+    def requests(self) -> list[dict[str, Any]]:
+        lines = self.log.read_text(encoding="utf-8").splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    @property
+    def bill(self) -> Decimal:
+        return sum((Decimal(request["usd"]) for request in self.requests), Decimal(0))
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+
+
+@dataclass
+class Result:
+    """What a call of the command line came to."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def json(self) -> dict[str, Any]:
+        document = json.loads(self.stdout, parse_float=Decimal)
+        assert isinstance(document, dict)
+        return document
+
+
+@dataclass
+class Workspace:
+    """A folder with a job in it."""
+
+    folder: Path
+    env: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def job(self) -> Path:
+        return self.folder / "job.yaml"
+
+    @property
+    def output(self) -> Path:
+        return self.folder / "out.parquet"
+
+    @property
+    def ledger(self) -> Path:
+        return self.folder / "job.ledger.sqlite"
+
+    def write_job(self, base_url: str = "http://127.0.0.1:9/v1", **keys: Any) -> None:
+        """A job against a server; keys replace the defaults, None removes one. JSON is YAML."""
+        job: dict[str, Any] = {
+            "input": "in.csv",
+            "prompt": "{{ prompt }}",
+            "provider": {"name": "aimlapi", "base_url": base_url},
+            "model": "anthropic/claude-sonnet-4",
+            "parameters": {"max_tokens": 16},
+            "concurrency": 8,
+            "retry": {"max_seconds": 60},
+            "output": "out.parquet",
+        } | keys
+        text = json.dumps({key: value for key, value in job.items() if value is not None}, indent=1)
+        self.job.write_text(text, encoding="utf-8")
+
+    def write_rows(self, prompts: list[str]) -> None:
+        with (self.folder / "in.csv").open("w", newline="", encoding="utf-8") as fp:
+            writer = csv.writer(fp)
+            writer.writerow(["prompt"])
+            writer.writerows([prompt] for prompt in prompts)
+
+    def command(self, *args: str) -> list[str]:
+        return [sys.executable, "-m", "batchrun", *args]
+
+    def environment(self) -> dict[str, str]:
+        keep = {name: value for name, value in os.environ.items() if not name.endswith("_API_KEY")}
+        return keep | {"AIML_API_KEY": KEY} | self.env
+
+    def start(self, *args: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            self.command(*args), cwd=self.folder, env=self.environment(), text=True,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+
+    def batchrun(self, *args: str, timeout: float = 120) -> Result:
+        with self.start(*args) as process:
+            try:
+                stdout, stderr = process.communicate(timeout=timeout)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                stdout, stderr = process.communicate()
+                pytest.fail(f"batchrun {args} did not end within {timeout} s:\n{stderr}")
+        return Result(process.returncode, stdout, stderr)
+
+    def run(self, *args: str, timeout: float = 120) -> Result:
+        return self.batchrun("job.yaml", *args, timeout=timeout)
+
+    def rows(self, path: Path | None = None) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = pq.read_table(path or self.output).to_pylist()
+        return rows
+
+    def manifest(self) -> dict[str, Any]:
+        metadata = pq.read_metadata(self.output).metadata
+        document = json.loads(metadata[b"batchrun"], parse_float=Decimal)
+        assert isinstance(document, dict)
+        return document
+
+
+def spent(rows: list[dict[str, Any]]) -> Decimal:
+    """The dollars of some output rows, to the last digit."""
+    return sum((Decimal(repr(row["usd_spent"])) for row in rows if row["usd_spent"] is not None), Decimal(0))
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Workspace:
+    """An empty folder for a job."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    return Workspace(folder)
+
+
+@pytest.fixture
+def provide(tmp_path: Path) -> Iterator[Callable[..., FakeProvider]]:
+    """Start fake providers; they end with the test."""
+    started: list[FakeProvider] = []
+
+    def start(**options: Any) -> FakeProvider:
+        log = tmp_path / f"provider-{len(started)}.jsonl"
+        script = Path(__file__).with_name("fake_provider.py")
+        process = subprocess.Popen(
+            [sys.executable, str(script), str(log), json.dumps(options)], stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None
+        provider = FakeProvider(process, int(process.stdout.readline()), log)
+        started.append(provider)
+        return provider
+
+    yield start
+    for provider in started:
+        provider.stop()

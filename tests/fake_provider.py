@@ -1,0 +1,264 @@
+"""A fake AI/ML API: its own process, real sockets, and a bill of its own as the witness.
+
+It answers `POST …/chat/completions` in the shapes of AI/ML API, plain and streamed, and writes one JSON line to its
+log for every request: what was asked, what it answered and what it charged. A prompt may carry a script between
+`<<` and `>>`, JSON:
+
+    fail       list: what the 1st, 2nd, … attempt of this very prompt gets instead of an answer: a status, or
+               `hangup` (closes without a byte), `half` (half a body), `silent` (never answers), `drip` (keep-alives
+               for ever), `flood` (an endless body)
+    say        the answer's text
+    finish     its finish reason
+    wait       seconds before it comes
+    retry_after, message   of the failures
+    replay     {status, headers, chunks}: bytes sent as they are (latin-1)
+    usage      the usage object, null for none
+
+Started as `python fake_provider.py LOG OPTIONS` with OPTIONS as JSON: `p429`, `p500`, `p_hangup` (shares of
+requests), `seed`, `latency`, `retry_after`, `bill` (`meta`, `credits`, `header`, `none`), `refuse_after`, `body`,
+`port`, `replay`. It prints its port.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import random
+import sys
+from decimal import Decimal
+from hashlib import blake2b
+from typing import Any
+
+MESSAGES = {
+    400: "Body validation error!",
+    401: "This request requires a valid API key.",
+    402: "Insufficient Balance",
+    403: "You've run out of credits. Please top up your balance.",
+    404: "Not Found",
+    429: "Too Many Requests",
+    500: "Something wrong with the server. Please, try again later.",
+    503: "Service unavailable",
+}
+
+
+class Provider:
+    def __init__(self, log: str, options: dict[str, Any]) -> None:
+        self.log = open(log, "a", buffering=1, encoding="utf-8")
+        self.options = options
+        self.random = random.Random(options.get("seed", 0))
+        self.seen: dict[bytes, int] = {}
+        self.count = 0
+        self.in_flight = 0
+
+    async def connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while await self.serve(reader, writer):
+                pass
+        except (ConnectionError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
+            pass
+        finally:
+            writer.close()
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+        request_line, *lines = head.split("\r\n")
+        headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines if line)}
+        raw = await reader.readexactly(int(headers.get("content-length", 0)))
+        self.count += 1
+        self.in_flight += 1
+        try:
+            return await self.answer(request_line, headers, json.loads(raw or b"{}"), writer)
+        finally:
+            self.in_flight -= 1
+
+    async def answer(
+        self, request_line: str, headers: dict[str, str], body: dict[str, Any], writer: asyncio.StreamWriter
+    ) -> bool:
+        content = body["messages"][-1]["content"] if body.get("messages") else ""
+        text = content if isinstance(content, str) else json.dumps(content)
+        script: dict[str, Any] = {}
+        if "<<" in text:
+            script = json.loads(text[text.index("<<") + 2 : text.index(">>")])
+        digest = blake2b(json.dumps(body, sort_keys=True).encode(), digest_size=12).digest()
+        nth = self.seen[digest] = self.seen.get(digest, 0) + 1
+        record = {
+            "path": request_line.split(" ")[1], "nth": nth, "id": headers.get("x-client-request-id"), "text": text,
+            "in_flight": self.in_flight, "status": None, "usd": "0", "answered": False,
+        }  # fmt: skip
+        if self.options.get("keep_requests"):
+            record |= {"body": body, "headers": headers}
+        try:
+            return await self.act(headers, body, text, script, nth, record, writer)
+        finally:
+            self.log.write(json.dumps(record) + "\n")
+
+    async def act(
+        self, headers: dict[str, str], body: dict[str, Any], text: str, script: dict[str, Any], nth: int,
+        record: dict[str, Any], writer: asyncio.StreamWriter,
+    ) -> bool:  # fmt: skip
+        options = self.options
+        delay = script.get("wait", options.get("latency", 0))
+        if delay:
+            await asyncio.sleep(delay)
+        key = options.get("key")
+        if key and headers.get("authorization") != f"Bearer {key}":
+            return await self.fail(401, record, script, writer)
+        if options.get("refuse_after") is not None and self.count > options["refuse_after"]:
+            return await self.fail(403, record, script, writer)
+        replay = script.get("replay") or options.get("replay")
+        if replay:
+            return await self.replay(replay, record, writer)
+        failures = script.get("fail", [])
+        failure = failures[nth - 1] if nth <= len(failures) else None
+        if failure is None:
+            drawn = self.random.random()
+            p429, p500, p_hangup = (options.get(name, 0) for name in ("p429", "p500", "p_hangup"))
+            if drawn < p429:
+                failure = 429
+            elif drawn < p429 + p500:
+                failure = 500
+            elif drawn < p429 + p500 + p_hangup:
+                failure = "hangup"
+        if isinstance(failure, int):
+            return await self.fail(failure, record, script, writer)
+        document, usd = self.completion(body, text, script)
+        record["usd"], record["answered"] = str(usd), True
+        extra: dict[str, str] = {"x-inference-id": f"inf-{self.count}"}
+        how = options.get("bill", "meta")
+        credits_used = int(usd * 2_000_000)
+        if how == "meta":
+            document["meta"] = {"usage": {"credits_used": credits_used, "usd_spent": float(usd)}}
+        elif how == "credits":
+            document["meta"] = {"usage": {"credits_used": credits_used}}
+        elif how == "header":
+            extra |= {"x-aimlapi-credits-used": str(credits_used), "x-aimlapi-usd-spent": f"{usd:.9f}"}
+        if failure == "hangup":
+            return False
+        if failure == "silent":
+            await asyncio.sleep(3600)
+            return False
+        record["status"] = 200
+        if body.get("stream"):
+            return await self.stream(document, failure, extra, writer)
+        payload = json.dumps(document, ensure_ascii=False).encode()
+        if failure == "drip":
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n")
+            while True:
+                writer.write(b"1\r\n\n\r\n")
+                await writer.drain()
+                await asyncio.sleep(0.05)
+        if failure == "flood":
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n")
+            while True:
+                writer.write(b"10000\r\n" + b" " * 65536 + b"\r\n")
+                await writer.drain()
+        head = {"Content-Type": "application/json; charset=utf-8", "Content-Length": str(len(payload)), **extra}
+        if failure == "half":
+            payload = payload[: len(payload) // 2]
+        await self.send(200, head, payload, writer)
+        return failure != "half"
+
+    def completion(self, body: dict[str, Any], text: str, script: dict[str, Any]) -> tuple[dict[str, Any], Decimal]:
+        said = script.get("say", f"answer to: {text}")
+        prompt, completion = len(json.dumps(body["messages"])) // 4 + 1, len(said) // 4 + 1
+        # AI/ML API rounds each component up to whole credits.
+        credits_used = -(-prompt * 78 // 10) + -(-completion * 39)
+        usage = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+        choice = {
+            "index": 0,
+            "message": {"role": "assistant", "content": said, "refusal": None, "tool_calls": None},
+            "finish_reason": script.get("finish", "stop"),
+            "logprobs": None,
+        }
+        document = {
+            "id": f"chatcmpl-{self.count}", "object": "chat.completion", "created": 1762343744,
+            "model": f"{body.get('model')}-20250514", "choices": [choice],
+            "usage": script.get("usage", usage),
+        }  # fmt: skip
+        return document, Decimal(credits_used) / 2_000_000
+
+    async def stream(
+        self, document: dict[str, Any], failure: Any, extra: dict[str, str], writer: asyncio.StreamWriter
+    ) -> bool:
+        """The stream of AI/ML API since February 13, 2026: usage in the last event but one, no [DONE]."""
+        choice = document["choices"][0]
+        text = choice["message"]["content"]
+        base = {"id": "", "created": 1770995755, "model": document["model"], "object": "chat.completion.chunk"}
+        pieces = [text[start : start + 7] for start in range(0, len(text), 7)] or [""]
+        events = [{**base, "choices": [{"index": 0, "delta": {"content": piece}}], "usage": None} for piece in pieces]
+        events[0]["id"] = document["id"]
+        last = {"index": 0, "delta": {"content": ""}, "finish_reason": choice["finish_reason"]}
+        events.append({**base, "choices": [last], "usage": document["usage"]})
+        events.append({**base, "choices": [{"index": 0, "finish_reason": choice["finish_reason"]}], "usage": None})
+        if "meta" in document:
+            events[-1]["meta"] = document["meta"]
+        if failure == "half":
+            events = events[:2]
+        head = "".join(f"{name}: {value}\r\n" for name, value in extra.items())
+        writer.write(
+            f"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n{head}\r\n".encode()
+        )
+        for event in events:
+            data = f"data: {json.dumps(event, ensure_ascii=False)}\n\n".encode()
+            writer.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
+        if failure == "drip":
+            while True:
+                writer.write(b"d\r\n: keep-alive\n\r\n")
+                await writer.drain()
+                await asyncio.sleep(0.05)
+        writer.write(b"0\r\n\r\n")
+        await writer.drain()
+        return True
+
+    async def replay(self, replay: dict[str, Any], record: dict[str, Any], writer: asyncio.StreamWriter) -> bool:
+        """Send given bytes in given pieces, framed by chunked encoding."""
+        record["status"], record["answered"] = replay["status"], replay["status"] < 300
+        record["usd"] = replay.get("usd") or "0"
+        head = "".join(f"{name}: {value}\r\n" for name, value in replay.get("headers", {}).items())
+        writer.write(f"HTTP/1.1 {replay['status']} X\r\nTransfer-Encoding: chunked\r\n{head}\r\n".encode())
+        for chunk in replay["chunks"]:
+            data = chunk.encode("latin-1")
+            if data:
+                writer.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
+                await writer.drain()
+                await asyncio.sleep(0.001)
+        writer.write(b"0\r\n\r\n")
+        await writer.drain()
+        return True
+
+    async def fail(
+        self, status: int, record: dict[str, Any], script: dict[str, Any], writer: asyncio.StreamWriter
+    ) -> bool:
+        record["status"] = status
+        message = script.get("message", MESSAGES.get(status, "error"))
+        envelope = {
+            "message": message, "path": "/v1/chat/completions", "requestId": f"req-{self.count}",
+            "statusCode": str(status), "timestamp": "2026-11-21T07:13:27.813Z",
+        }  # fmt: skip
+        head = {"Content-Type": "application/json"}
+        retry_after = script.get("retry_after", self.options.get("retry_after"))
+        if status in (429, 503) and retry_after is not None:
+            head["Retry-After"] = str(retry_after)
+        payload = self.options.get("body", json.dumps(envelope)).encode()
+        await self.send(status, {**head, "Content-Length": str(len(payload))}, payload, writer)
+        return True
+
+    async def send(self, status: int, headers: dict[str, str], payload: bytes, writer: asyncio.StreamWriter) -> None:
+        head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+        writer.write(f"HTTP/1.1 {status} X\r\n{head}\r\n".encode() + payload)
+        await writer.drain()
+
+
+async def main() -> None:
+    provider = Provider(sys.argv[1], json.loads(sys.argv[2]))
+    port = provider.options.get("port", 0)
+    server = await asyncio.start_server(provider.connected, "127.0.0.1", port, limit=2**22, backlog=2048)
+    print(server.sockets[0].getsockname()[1], flush=True)
+    async with server:
+        await server.serve_forever()
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(KeyboardInterrupt):
+        asyncio.run(main())

@@ -1,0 +1,68 @@
+"""Imports point down: a module imports only from floors below its own."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent.parent / "batchrun"
+
+FLOORS = [
+    {"errors", "usage", "sse", "columns", "uniqueness"},
+    {"money", "providers", "jobfile", "lock"},
+    {"records", "job"},
+    {"failures"},
+    {"wire"},
+    {"source", "template", "chat", "retry", "pacing", "ledger", "sink", "answers", "progress", "summary", "local"},
+    {"runner", "starter"},
+    {"invocation"},
+    {"cli"},
+    {"__main__"},
+]
+
+
+def _imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "batchrun":
+            parts = node.module.split(".")
+            found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
+    return found - {"__version__"}
+
+
+def test_every_module_stands_on_one_floor() -> None:
+    modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
+    placed = [name for floor in FLOORS for name in floor]
+    assert sorted(placed) == sorted(modules)
+
+
+def test_imports_point_down() -> None:
+    level = {name: number for number, floor in enumerate(FLOORS) for name in floor}
+    wrong = [
+        f"{path.stem} (floor {level[path.stem]}) imports {name} (floor {level[name]})"
+        for path in sorted(PACKAGE.glob("*.py"))
+        if path.stem in level
+        for name in sorted(_imports(path))
+        if level[name] >= level[path.stem]
+    ]
+    assert wrong == []
+
+
+def test_only_one_room_knows_each_outside_thing() -> None:
+    owners = {
+        "httpx": {"chat"}, "aiohttp": {"chat"}, "tenacity": {"retry"}, "click": {"cli"}, "tqdm": {"progress"},
+        "xllamacpp": {"local"}, "jinja2": {"template"}, "ruamel": {"jobfile"}, "filelock": {"lock"},
+        "sqlite3": {"ledger", "uniqueness"}, "zstandard": {"ledger"},
+    }  # fmt: skip
+    users: dict[str, set[str]] = {name: set() for name in owners}
+    for path in PACKAGE.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                names = [node.module]
+            for name in names:
+                if name.split(".")[0] in users:
+                    users[name.split(".")[0]].add(path.stem)
+    assert users == owners
