@@ -149,7 +149,7 @@ class Source:
         match file.format:
             case "parquet":
                 with _reading(file.path), pq.ParquetFile(file.path) as parquet:
-                    return parquet.schema_arrow
+                    return parquet.schema_arrow.with_metadata(parquet.metadata.metadata)
             case "jsonl":
                 return self._infer_jsonl(file)
             case _:

@@ -78,9 +78,9 @@ class Template:
             for index, message in enumerate(prompt.messages):
                 self._messages.append(self._compile(message, f"prompt.messages.{index}"))
         else:
-            if prompt.system is not None:
-                self._messages.append(self._compile({"role": "system", "content": prompt.system}, "prompt.system"))
-            self._messages.append(self._compile({"role": "user", "content": prompt.user}, "prompt.user"))
+            for role, text in (("system", prompt.system), ("user", prompt.user)):
+                if text is not None:
+                    self._messages.append(self._message(role, text, f"prompt.{role}"))
         self._parameters = self._compile(job.parameters, "parameters", keeps_type=True)
         self._stream = stream_fields(endpoint.include_usage) if job.stream else {}
         if self._unknown:
@@ -147,6 +147,10 @@ class Template:
             raise NotRenderedError(f"the prompt cannot be rendered: {type(exc).__name__}: {exc}") from None
 
     # --- compiling ------------------------------------------------------------------------------------------
+
+    def _message(self, role: str, text: str, place: str) -> _Renderer:
+        content = self._compile(text, place)
+        return lambda row: {"role": role, "content": content(row)}
 
     def _compile(self, value: Any, place: str, *, keeps_type: bool = False) -> _Renderer:
         """A function row → value for nested lists and mappings whose texts are templates."""

@@ -63,7 +63,8 @@ def count(value: object) -> int | None:
         return None
     if isinstance(value, str):
         return int(value) if value.isascii() and value.isdigit() and len(value) < 16 else None
-    # A NaN or an infinity is not within the bounds either.
+    if isinstance(value, Decimal) and not value.is_finite():
+        return None
     if isinstance(value, (int, float, Decimal)) and 0 <= value <= _MOST and value == int(value):
         return int(value)
     return None

@@ -44,7 +44,7 @@ MESSAGES = {
 
 class Provider:
     def __init__(self, log: str, options: dict[str, Any]) -> None:
-        self.log = open(log, "a", buffering=1, encoding="utf-8")
+        self.log = open(log, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 - open as long as the process
         self.options = options
         self.random = random.Random(options.get("seed", 0))
         self.seen: dict[bytes, int] = {}

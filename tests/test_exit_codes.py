@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import resource
 import signal
 import sys
@@ -236,6 +235,6 @@ def test_the_working_directory_decides_nothing(work: Workspace, provide: Provide
     elsewhere.mkdir()
     here = Workspace(elsewhere)
     assert here.batchrun(str(work.job)).code == 0
-    assert os.listdir(elsewhere) == []
+    assert not list(elsewhere.iterdir())
     assert work.output.exists()
     assert work.ledger.exists()

@@ -1,0 +1,129 @@
+"""Row → request: strict templates, typed parameters, keys that cover what changes the answer and nothing else."""
+
+from __future__ import annotations
+
+import json
+from datetime import date
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from batchrun.errors import JobError
+from batchrun.job import Job
+from batchrun.providers import resolve
+from batchrun.template import NotRenderedError, Template
+
+COLUMNS = ["review", "n", "my column", "messages"]
+ROW = {"review": "good", "n": 3, "my column": "x", "messages": None}
+
+
+def template(base_url: str = "http://127.0.0.1/v1", *, provider: str = "openai", **keys: Any) -> Template:
+    base: dict[str, Any] = {"input": "a.csv", "provider": provider, "model": "m", "output": "o.parquet"}
+    job = Job.model_validate({**base, "prompt": "{{ review }}"} | keys)
+    job._path = Path("/job.yaml")
+    return Template(job, COLUMNS, resolve(provider, environ=None, base_url=base_url), "m")
+
+
+def body(row: dict[str, Any] | None = None, **keys: Any) -> dict[str, Any]:
+    found = json.loads(template(**keys).request(0, row or ROW).body)
+    assert isinstance(found, dict)
+    return found
+
+
+def refusal(row: dict[str, Any] | None = None, **keys: Any) -> str:
+    with pytest.raises(NotRenderedError) as caught:
+        template(**keys).request(0, row or ROW)
+    return str(caught.value)
+
+
+def test_a_prompt_is_one_user_message() -> None:
+    assert body() == {"model": "m", "messages": [{"role": "user", "content": "good"}]}
+
+
+def test_prompts_of_every_form() -> None:
+    assert body(prompt={"system": "s {{ n }}", "user": "u"})["messages"] == [
+        {"role": "system", "content": "s 3"}, {"role": "user", "content": "u"},
+    ]  # fmt: skip
+    parts = [{"role": "user", "content": [{"type": "text", "text": "{{ row['my column'] }}"}]}]
+    assert body(prompt={"messages": parts})["messages"][0]["content"] == [{"type": "text", "text": "x"}]
+    stored = [{"role": "user", "content": "hi", "name": None}]
+    for value in (stored, json.dumps(stored)):
+        found = body({**ROW, "messages": value}, prompt={"messages_column": "messages"})
+        assert found["messages"] == [{"role": "user", "content": "hi"}]
+    assert body({**ROW, "messages": stored}, prompt=None)["messages"] == [{"role": "user", "content": "hi"}]
+
+
+def test_a_parameter_that_is_wholly_a_template_keeps_its_type() -> None:
+    found = body(parameters={"max_tokens": "{{ n }}", "stop": ["{{ review }}!"], "deep": {"a": ["{{ n + 1 }}"]}})
+    assert (found["max_tokens"], found["stop"], found["deep"]) == (3, ["good!"], {"a": [4]})
+    row = {**ROW, "n": Decimal("0.5"), "review": date(2026, 1, 2)}
+    assert body(row, parameters={"temperature": "{{ n }}", "day": "{{ review }}"})["temperature"] == 0.5
+    assert body(row, parameters={"day": "{{ review }}"})["day"] == "2026-01-02"
+
+
+def test_the_seeds_parameters_go_out_as_they_stand() -> None:
+    parameters = {
+        "max_tokens": 512, "temperature": 0.7, "top_p": 0.9, "top_k": 40, "stop_sequences": ["END"],
+        "metadata": {"user": "x"}, "thinking": {"type": "enabled", "budget_tokens": 1024}, "anything": None,
+    }  # fmt: skip
+    found = body(parameters=parameters)
+    assert {name: found[name] for name in parameters} == parameters
+    assert body(prompt={"system": "s", "user": "u"}, provider="aimlapi")["messages"][0]["role"] == "system"
+
+
+def test_streams_ask_for_usage_where_the_dialect_knows_it() -> None:
+    assert body(stream=True)["stream_options"] == {"include_usage": True}
+    found = body(stream=True, provider="aimlapi")
+    assert found["stream"] is True
+    assert "stream_options" not in found
+
+
+def test_all_missing_columns_are_named_at_once() -> None:
+    with pytest.raises(JobError) as caught:
+        template(prompt={"system": "{{ a }}", "user": "{{ b }} {{ range(3) }}"}, parameters={"x": "{{ c }}"})
+    assert "no such column: 'a' (prompt.system), 'b' (prompt.user), 'c' (parameters.x)" in str(caught.value)
+    with pytest.raises(JobError, match=r"prompt.user: template line 2: unexpected '}'"):
+        template(prompt="a\n{{ review }")
+
+
+def test_a_row_that_gives_no_prompt_says_why() -> None:
+    row = {**ROW, "review": None}
+    assert "would show null: review" in refusal(row)
+    assert body(row, prompt="{{ review or 'nothing' }}")["messages"][0]["content"] == "nothing"
+    assert refusal({**ROW, "review": " \n"}) == "the prompt is blank"
+    assert "has no attribute" in refusal(prompt="{{ review.x.y }}")
+    assert "ZeroDivisionError" in refusal(prompt="{{ n / 0 }}")
+    assert "holds no valid JSON" in refusal({**ROW, "messages": "{"}, prompt={"messages_column": "messages"})
+    assert "should hold a list of messages (is null)" in refusal(prompt={"messages_column": "messages"})
+    assert "surrogate" in refusal({**ROW, "review": "\ud800"})
+    assert "cannot be sent as JSON" in refusal({**ROW, "n": float("nan")}, parameters={"x": "{{ n }}"})
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["{{ ''.__class__.__mro__ }}", "{{ review.__init__.__globals__ }}", "{{ row.update({'a': 1}) }}",
+     "{% for x in range(10000000) %}x{% endfor %}"],
+)  # fmt: skip
+def test_templates_cannot_leave_the_sandbox(prompt: str) -> None:
+    assert "cannot be rendered" in refusal(prompt=prompt)
+
+
+def test_a_key_covers_what_changes_the_answer_and_nothing_else() -> None:
+    def key(**keys: Any) -> str:
+        return template(**keys).request(0, ROW).key
+
+    base = key()
+    assert base.startswith("b2:")
+    same = [
+        key(stream=True), key(concurrency=1), key(timeout_seconds=1), key(retry={"max_attempts": 1}), key(name="x"),
+        key(base_url="http://127.0.0.1:80/v1/"), template().request(7, ROW).key,
+    ]  # fmt: skip
+    assert set(same) == {base}
+    others = [
+        key(prompt="{{ review }}."), key(parameters={"max_tokens": 1}), key(base_url="http://127.0.0.1:81/v1"),
+        key(base_url="https://127.0.0.1/v1"), key(base_url="http://127.0.0.1/v2"),
+        key(prompt={"system": "s", "user": "{{ review }}"}),
+    ]  # fmt: skip
+    assert len({base, *others}) == len(others) + 1
