@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
@@ -159,10 +160,17 @@ def work(tmp_path: Path) -> Workspace:
 @pytest.fixture
 def provide(tmp_path: Path) -> Iterator[Callable[..., FakeProvider]]:
     """Start fake providers; they end with the test."""
+    with fake_providers(tmp_path) as start:
+        yield start
+
+
+@contextmanager
+def fake_providers(folder: Path) -> Iterator[Callable[..., FakeProvider]]:
+    """A function that starts fake providers, with their logs in a folder."""
     started: list[FakeProvider] = []
 
     def start(**options: Any) -> FakeProvider:
-        log = tmp_path / f"provider-{len(started)}.jsonl"
+        log = folder / f"provider-{len(started)}.jsonl"
         script = Path(__file__).with_name("fake_provider.py")
         process = subprocess.Popen(
             [sys.executable, str(script), str(log), json.dumps(options)], stdout=subprocess.PIPE, text=True
@@ -172,6 +180,8 @@ def provide(tmp_path: Path) -> Iterator[Callable[..., FakeProvider]]:
         started.append(provider)
         return provider
 
-    yield start
-    for provider in started:
-        provider.stop()
+    try:
+        yield start
+    finally:
+        for provider in started:
+            provider.stop()
