@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from decimal import Decimal
 from types import TracebackType
 
 import aiohttp
@@ -27,6 +28,8 @@ _CONNECT_SECONDS = 10.0
 _KEEPALIVE_SECONDS = 15.0
 _ENCODINGS = ("gzip", "deflate", "identity", "")
 _MOST_ERROR_BYTES = 1024 * 1024
+# Estimate ÷ reported beyond these: AI/ML API's answers of 2025 held credits in the token fields, for one.
+_LEAST_RATIO, _MOST_RATIO = Decimal("0.2"), Decimal(5)
 
 
 class ChatSender:
@@ -166,7 +169,12 @@ class ChatSender:
         result = reader.close(reception.broke)
         if isinstance(result, Answer):
             return replace(
-                base, outcome="ok", answer=result, usage=result.usage, cost=self._cost(result), flags=result.flags
+                base,
+                outcome="ok",
+                answer=result,
+                usage=result.usage,
+                cost=self._cost(result),
+                flags=self._flags(result),
             )
         never_came = result is reception.broke or result.kind == "incomplete_stream"
         return replace(
@@ -185,6 +193,13 @@ class ChatSender:
         if self._price is not None and (usd := self._price.usd(answer.usage)) is not None:
             return Cost(usd, "job")
         return LOCAL if self._endpoint.is_free and self._price is None else UNKNOWN
+
+    def _flags(self, answer: Answer) -> tuple[str, ...]:
+        """The answer's own, and whether its reported cost is far from what its tokens should cost."""
+        estimate = self._price.usd(answer.usage) if self._price is not None else None
+        if estimate and answer.usd and not _LEAST_RATIO <= estimate / answer.usd <= _MOST_RATIO:
+            return (*answer.flags, "suspicious_cost")
+        return answer.flags
 
     def _failed_cost(self, reader: AnswerReader) -> Cost:
         """A 2xx that brought no answer: what the provider reports; nothing, if it brought only an error."""

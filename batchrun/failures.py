@@ -35,6 +35,15 @@ _CONTEXT = re.compile(
     re.IGNORECASE,
 )
 
+# A refusal that a setting of the job mends.
+_MENDS = (
+    (
+        re.compile(r"not support '?\"?system|system role (is )?not|role '?\"?system'?\"? (is )?not", re.IGNORECASE),
+        "set provider: {system: top_level}",
+    ),
+    (re.compile(r"stream_options", re.IGNORECASE), "set provider: {include_usage: false}"),
+)
+
 # An error's type where no status tells: the names that OpenAI, Anthropic, Google, vLLM, llama.cpp and Ollama use.
 _TYPES: tuple[tuple[str, int], ...] = (
     (r"overloaded", 529),
@@ -96,10 +105,13 @@ def failure_of(document: object, headers: Mapping[str, str], *, status: int | No
     message = words.message
     if not message and 300 <= effective < 400:
         message = f"redirected to {headers.get('location', '?')}, which is never followed: check base_url"
+    message = message[:_MESSAGE_LENGTH]
+    if kind == "bad_request":
+        message += "".join(f" ({mend})" for pattern, mend in _MENDS if pattern.search(message))
     return Failure(
         kind=kind,
         action=action,
-        message=message[:_MESSAGE_LENGTH] or f"HTTP {effective}",
+        message=message or f"HTTP {effective}",
         code=words.code or str(effective),
         upstream_type=words.upstream_type,
         retry_after=retry_after,

@@ -403,7 +403,12 @@ def _finish(
         sent=sent,
     )
     exit_code, reason = _outcome(summary, stop, is_changed)
-    summary = replace(summary, exit_code=exit_code, reason=reason)
+    advice = None
+    if any(kind == "not_found" for kind, _, _ in summary.totals.failures) and plan.endpoint.name != "local":
+        from batchrun.catalog import model_advice
+
+        advice = model_advice(plan.endpoint, plan.job.model)
+    summary = replace(summary, exit_code=exit_code, reason=reason, advice=advice)
     is_whole = summary.pending == 0
     is_asked_for = is_whole or plan.job.output.partial
     if is_asked_for and exit_code not in (ExitCode.STORAGE, ExitCode.BUG) and not (stop and stop.is_immediate):

@@ -29,6 +29,8 @@ class Summary:
     """Of this invocation."""
     sent: int
     """Attempts of this invocation."""
+    advice: str | None = None
+    """What would make the failed rows succeed, where the provider tells."""
 
     @property
     def pending(self) -> int:
@@ -68,6 +70,7 @@ class Summary:
             "failures": [
                 {"kind": kind, "rows": rows, "example": example} for kind, rows, example in self.totals.failures
             ],
+            "advice": self.advice,
             "flags": self.totals.flags,
             "seconds": round(self.seconds, 3),
             "sent": self.sent,
@@ -106,6 +109,8 @@ class Summary:
             lines.append("flags: " + ", ".join(f"{number} {name}" for name, number in totals.flags.items()))
         for kind, rows, example in totals.failures:
             lines.append(f"failed: {rows} × {kind}, such as: {example[:200]}")
+        if self.advice:
+            lines.append(f"advice: {self.advice}")
         if totals.failed:
             lines.append("failed rows are asked again with --retry-failed")
         lines.append(f"output: {self.output}" if self.output else f"no output was written; ledger: {self.ledger}")

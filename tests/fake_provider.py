@@ -16,7 +16,7 @@ log for every request: what was asked, what it answered and what it charged. A p
 
 Started as `python fake_provider.py LOG OPTIONS` with OPTIONS as JSON: `p429`, `p500`, `p_hangup` (shares of
 requests), `seed`, `latency`, `retry_after`, `bill` (`meta`, `credits`, `header`, `none`), `refuse_after`, `body`,
-`port`, `replay`. It prints its port.
+`port`, `replay`, `models`, `deprecations` (lists for the GETs of those names). It prints its port.
 """
 
 from __future__ import annotations
@@ -82,8 +82,15 @@ class Provider:
             script = json.loads(text[text.index("<<") + 2 : text.index(">>")])
         digest = blake2b(json.dumps(body, sort_keys=True).encode(), digest_size=12).digest()
         nth = self.seen[digest] = self.seen.get(digest, 0) + 1
+        path = request_line.split(" ")[1]
+        if request_line.startswith("GET"):
+            listed = self.options.get("deprecations" if path.endswith("/deprecations") else "models")
+            payload = json.dumps({"data": listed or []}).encode()
+            status = 200 if listed is not None else 404
+            await self.send(status, {"Content-Length": str(len(payload))}, payload, writer)
+            return True
         record = {
-            "path": request_line.split(" ")[1], "nth": nth, "id": headers.get("x-client-request-id"), "text": text,
+            "path": path, "nth": nth, "id": headers.get("x-client-request-id"), "text": text,
             "in_flight": self.in_flight, "status": None, "usd": "0", "answered": False,
         }  # fmt: skip
         if self.options.get("keep_requests"):

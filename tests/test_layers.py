@@ -13,7 +13,20 @@ FLOORS = [
     {"records", "job"},
     {"failures"},
     {"wire"},
-    {"source", "template", "chat", "retry", "pacing", "ledger", "sink", "answers", "progress", "summary", "local"},
+    {
+        "source",
+        "template",
+        "chat",
+        "retry",
+        "pacing",
+        "ledger",
+        "sink",
+        "answers",
+        "progress",
+        "summary",
+        "local",
+        "catalog",
+    },
     {"runner", "starter"},
     {"invocation"},
     {"cli"},
@@ -50,7 +63,8 @@ def test_imports_point_down() -> None:
 
 def test_only_one_room_knows_each_outside_thing() -> None:
     owners = {
-        "httpx": {"chat"}, "aiohttp": {"chat"}, "tenacity": {"retry"}, "click": {"cli"}, "tqdm": {"progress"},
+        "httpx": {"chat", "catalog"}, "aiohttp": {"chat"}, "tenacity": {"retry"}, "click": {"cli"},
+        "tqdm": {"progress"},
         "xllamacpp": {"local"}, "jinja2": {"template"}, "ruamel": {"jobfile"}, "filelock": {"lock"},
         "sqlite3": {"ledger", "uniqueness"}, "zstandard": {"ledger"},
     }  # fmt: skip

@@ -94,7 +94,7 @@ def test_a_stream_reads_the_same_byte_by_byte_and_cut_anywhere(case: dict[str, A
             assert found == whole or found.action in (Action.RETRY, Action.PACE)
 
 
-@settings(max_examples=300)
+@settings(max_examples=1000)
 @given(data=st.data(), case=st.sampled_from(STREAMS))
 def test_any_split_of_a_stream_gives_the_same_result(data: st.DataObject, case: dict[str, Any]) -> None:
     raw = "".join(case["chunks"]).encode("latin-1")
@@ -103,7 +103,7 @@ def test_any_split_of_a_stream_gives_the_same_result(data: st.DataObject, case: 
     assert read_pieces(pieces) == read_pieces([raw])
 
 
-@settings(max_examples=300)
+@settings(max_examples=1000)
 @given(raw=st.binary(max_size=300), streamed=st.booleans(), status=st.sampled_from([200, 400, 429, 500]))
 def test_random_bytes_raise_nothing(raw: bytes, streamed: bool, status: int) -> None:
     if status == 200:
@@ -129,7 +129,7 @@ JSON = st.recursive(
 )  # fmt: skip
 
 
-@settings(max_examples=400)
+@settings(max_examples=1000)
 @given(document=JSON)
 def test_no_json_of_any_shape_raises(document: Any) -> None:
     raw = json.dumps(document).encode()

@@ -1,0 +1,65 @@
+"""What a provider says of its own models: which are withdrawn, and which there are."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import httpx
+
+from batchrun.providers import Endpoint
+
+_SECONDS = 5.0
+_MOST_BYTES = 32 * 1024 * 1024
+
+
+def model_advice(endpoint: Endpoint, model: str) -> str | None:
+    """What to use instead of a model that the provider does not know; None if its lists do not tell.
+
+    AI/ML API lists withdrawn models with their successors (`GET /models/deprecations`); all providers list those that
+    they have (`GET /models`).
+    """
+    with httpx.Client(timeout=_SECONDS, headers=dict(endpoint.headers)) as client:
+        for entry in _entries(_fetch(client, f"{endpoint.base_url}/models/deprecations")):
+            if model in _names(entry) and entry.get("status") != "deprecated":
+                successor = entry.get("replaced_by")
+                instead = f", use {successor!r}" if isinstance(successor, str) and successor else ""
+                return f"model {model!r} is withdrawn{instead}"
+        known = [name for entry in _entries(_fetch(client, f"{endpoint.base_url}/models")) for name in _names(entry)]
+    if not known or model in known:
+        return None
+    # The same model under its vendor's prefix comes before one that is merely spelled alike.
+    same = [name for name in known if name.rpartition("/")[2] == model.rpartition("/")[2]]
+    near = list(dict.fromkeys(same + difflib.get_close_matches(model, known, 3)))[:3]
+    nearest = f"; the nearest are {', '.join(map(repr, near))}" if near else ""
+    return f"the provider has no model {model!r}{nearest}"
+
+
+def _fetch(client: httpx.Client, url: str) -> Any:
+    try:
+        with client.stream("GET", url) as response:
+            if response.status_code != 200:
+                return None
+            body = b""
+            for piece in response.iter_bytes():
+                body += piece
+                if len(body) > _MOST_BYTES:
+                    return None
+        return httpx.Response(200, content=body).json()
+    except (httpx.HTTPError, ValueError, RecursionError):
+        return None  # advice is worth no error of its own
+
+
+def _entries(document: Any) -> Iterator[Mapping[str, Any]]:
+    if isinstance(document, Mapping):
+        document = document.get("data", document.get("models"))
+    for entry in document if isinstance(document, list) else ():
+        if isinstance(entry, Mapping):
+            yield entry
+
+
+def _names(entry: Mapping[str, Any]) -> list[str]:
+    aliases = entry.get("aliases")
+    names = [entry.get("id"), *(aliases if isinstance(aliases, list) else ())]
+    return [name for name in names if isinstance(name, str)]
