@@ -163,7 +163,8 @@ class ChatSender:
         if reader is None:
             # An HTTP error answer is not billed, even if the connection broke while it came.
             failure = reception.broke or read_failure(reception.status, reception.headers, raw)
-            return replace(base, outcome="failed", failure=failure, cost=NOT_BILLED)
+            asked = base.request_id or failure.request_id
+            return replace(base, outcome="failed", failure=failure, cost=NOT_BILLED, request_id=asked)
         if not self._streamed:
             reader.feed(raw)
         result = reader.close(reception.broke)
@@ -183,6 +184,7 @@ class ChatSender:
             failure=result,
             usage=reader.usage,
             cost=self._failed_cost(reader),
+            request_id=base.request_id or result.request_id,
         )
 
     def _cost(self, answer: Answer) -> Cost:

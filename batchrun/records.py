@@ -47,7 +47,8 @@ class Failure:
 
     def __str__(self) -> str:
         named = f"{self.kind} ({self.code})" if self.code else self.kind
-        return f"{named}: {self.message}" if self.message else named
+        asked = f" [request {self.request_id}]" if self.request_id else ""
+        return f"{named}: {self.message}{asked}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -95,9 +95,9 @@ def test_a_refused_row_fails_alone_and_the_run_ends_1(work: Workspace, provide: 
     assert result.code == 1
     rows = work.rows()
     assert [row["status"] for row in rows] == ["ok", "failed", "ok"]
-    assert rows[1]["error"] == "bad_request (400): the image is too large"
+    assert rows[1]["error"] == f"bad_request (400): the image is too large [request {rows[1]['request_id']}]"
     assert (rows[1]["usd_spent"], rows[1]["cost_source"], rows[1]["response"]) == (0.0, "not_billed", None)
-    assert "failed: 1 × bad_request, such as: bad_request (400): the image is too large" in result.stderr
+    assert f"failed: 1 × bad_request, such as: {rows[1]['error']}" in result.stderr
 
 
 def test_failed_rows_stay_failed_until_they_are_asked_for(work: Workspace, provide: Provide) -> None:
