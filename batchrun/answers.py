@@ -148,7 +148,7 @@ class Results:
         if answered is not None:
             self.counts.ok += 1
             return record | _answer_columns(answered) | {"status": "ok"}
-        is_failed = any(attempt.is_final for attempt in attempts)
+        is_failed = decisive.is_final
         self.counts.failed += is_failed
         self.counts.pending += not is_failed
         return record | {"status": "failed" if is_failed else "pending", "error": decisive.error}
@@ -184,12 +184,15 @@ def _answer_columns(attempt: StandingAttempt) -> dict[str, Any]:
 def _spent(attempts: Sequence[StandingAttempt]) -> dict[str, Any]:
     """A row's dollars, and where they come from: the weakest source among the attempts that cost something."""
     known = [(attempt.usd, attempt.cost_source) for attempt in attempts if attempt.usd is not None]
-    if not known:
+    total = sum((usd for usd, _ in known), Decimal(0))
+    is_answer_known = all(attempt.usd is not None for attempt in attempts if attempt.outcome == "ok")
+    if not known or (total == 0 and not is_answer_known):
+        # An answer at an unknown price after refusals for nothing did not cost nothing.
         return {"usd_spent": None, "cost_source": None}
     sources = [source for usd, source in known if usd] or [
         attempt.cost_source for attempt in attempts if attempt.outcome == "ok" and attempt.usd is not None
     ] or [source for _, source in known]  # fmt: skip
     return {
-        "usd_spent": float(sum((usd for usd, _ in known), Decimal(0))),
+        "usd_spent": float(total),
         "cost_source": max(sources, key=lambda source: COST_SOURCES.index(source or "not_billed")),
     }

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import httpx
 
-from batchrun.providers import Endpoint
+from batchrun.documents import parse_json, sound
+from batchrun.providers import Endpoint, proxy_for
 
 _SECONDS = 5.0
 _MOST_BYTES = 32 * 1024 * 1024
@@ -20,13 +22,14 @@ def model_advice(endpoint: Endpoint, model: str) -> str | None:
     AI/ML API lists withdrawn models with their successors (`GET /models/deprecations`); all providers list those that
     they have (`GET /models`).
     """
-    with httpx.Client(timeout=_SECONDS, headers=dict(endpoint.headers)) as client:
-        for entry in _entries(_fetch(client, f"{endpoint.base_url}/models/deprecations")):
+    proxy = proxy_for(endpoint.base_url)
+    with httpx.Client(timeout=_SECONDS, headers=dict(endpoint.headers), trust_env=False, proxy=proxy) as client:
+        for entry in _entries(_fetch(client, endpoint.url("models/deprecations"))):
             if model in _names(entry) and entry.get("status") != "deprecated":
                 successor = entry.get("replaced_by")
                 instead = f", use {successor!r}" if isinstance(successor, str) and successor else ""
                 return f"model {model!r} is withdrawn{instead}"
-        known = [name for entry in _entries(_fetch(client, f"{endpoint.base_url}/models")) for name in _names(entry)]
+        known = [name for entry in _entries(_fetch(client, endpoint.url("models"))) for name in _names(entry)]
     if not known or model in known:
         return None
     # The same model under its vendor's prefix comes before one that is merely spelled alike.
@@ -37,17 +40,18 @@ def model_advice(endpoint: Endpoint, model: str) -> str | None:
 
 
 def _fetch(client: httpx.Client, url: str) -> Any:
+    end = time.monotonic() + _SECONDS
+    body = bytearray()
     try:
         with client.stream("GET", url) as response:
             if response.status_code != 200:
                 return None
-            body = b""
             for piece in response.iter_bytes():
                 body += piece
-                if len(body) > _MOST_BYTES:
+                if len(body) > _MOST_BYTES or time.monotonic() > end:
                     return None
-        return httpx.Response(200, content=body).json()
-    except (httpx.HTTPError, ValueError, RecursionError):
+        return parse_json(bytes(body))
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError):
         return None  # advice is worth no error of its own
 
 
@@ -62,4 +66,4 @@ def _entries(document: Any) -> Iterator[Mapping[str, Any]]:
 def _names(entry: Mapping[str, Any]) -> list[str]:
     aliases = entry.get("aliases")
     names = [entry.get("id"), *(aliases if isinstance(aliases, list) else ())]
-    return [name for name in names if isinstance(name, str)]
+    return [sound(name) for name in names if isinstance(name, str)]

@@ -7,6 +7,7 @@ most and do nothing here (cookies, redirects, auth). Redirects are therefore nev
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -20,7 +21,7 @@ from httpx_aiohttp import AiohttpTransport
 from batchrun import __version__
 from batchrun.failures import read_failure, request_id_of
 from batchrun.money import LOCAL, NOT_BILLED, UNKNOWN, Cost, Price
-from batchrun.providers import Endpoint
+from batchrun.providers import Endpoint, proxy_for
 from batchrun.records import Action, Answer, Exchange, Failure, Intent
 from batchrun.wire import AnswerReader
 
@@ -53,7 +54,7 @@ class ChatSender:
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self._endpoint = endpoint
-        self._url = httpx.URL(f"{endpoint.base_url}/chat/completions")
+        self._url = httpx.URL(endpoint.url("chat/completions"))
         self._headers = httpx.Headers(
             {
                 "Accept": "text/event-stream" if streamed else "application/json",
@@ -64,12 +65,17 @@ class ChatSender:
                 **endpoint.headers,
             }
         )
-        self._secrets = [secret.encode() for secret in endpoint.secrets]
+        # As they are, and as a JSON document would write them.
+        self._secrets = [
+            form.encode()
+            for secret in endpoint.secrets
+            for form in {secret, json.dumps(secret)[1:-1], secret.replace("/", "\\/")}
+        ]
         self._timeout_seconds = timeout_seconds
         self._max_bytes = max_response_bytes
         self._streamed = streamed
         self._price = price
-        self._transport = transport or AiohttpTransport(client=lambda: _session(concurrency))
+        self._transport = transport or _transport(endpoint.base_url, concurrency)
         self._extensions = {"timeout": httpx.Timeout(None, connect=min(_CONNECT_SECONDS, timeout_seconds)).as_dict()}
 
     async def __aenter__(self) -> ChatSender:
@@ -92,7 +98,7 @@ class ChatSender:
             async with asyncio.timeout(self._timeout_seconds):
                 response = await self._transport.handle_async_request(request)
                 reception.status = response.status_code
-                reception.headers = {name.lower(): value for name, value in response.headers.items()}
+                reception.headers = {name.lower(): self._scrub_text(value) for name, value in response.headers.items()}
                 try:
                     await self._receive(response, reception)
                 finally:
@@ -111,17 +117,15 @@ class ChatSender:
 
     async def _receive(self, response: httpx.Response, reception: _Reception) -> None:
         encoding = reception.headers.get("content-encoding", "").lower().strip()
+        is_success = 200 <= response.status_code < 300
+        most = self._max_bytes if is_success else min(self._max_bytes, _MOST_ERROR_BYTES)
+        if is_success:
+            reception.reader = self._reader(reception)
         if encoding not in _ENCODINGS:
             reception.broke = Failure(
                 "malformed", Action.RETRY, f"the answer's encoding {encoding[:40]!r} was not asked for"
             )
             return
-        is_success = 200 <= response.status_code < 300
-        most = self._max_bytes if is_success else min(self._max_bytes, _MOST_ERROR_BYTES)
-        if is_success:
-            reception.reader = AnswerReader(
-                reception.headers, streamed=self._streamed, cost_in_usage=self._endpoint.cost_in_usage
-            )
         size = 0
         async for piece in response.aiter_bytes():
             size += len(piece)
@@ -140,7 +144,8 @@ class ChatSender:
                     return  # some servers keep the connection open after [DONE]
 
     def _exchange(self, reception: _Reception) -> Exchange:
-        raw = self._scrubbed(b"".join(reception.pieces))
+        received = b"".join(reception.pieces)
+        raw = self._scrubbed(received)
         latency = time.monotonic() - reception.started
         first = reception.first_token
         base = Exchange(
@@ -162,10 +167,13 @@ class ChatSender:
         reader = reception.reader
         if reader is None:
             # An HTTP error answer is not billed, even if the connection broke while it came.
-            failure = reception.broke or read_failure(reception.status, reception.headers, raw)
+            failure = read_failure(reception.status, reception.headers, raw)
             asked = base.request_id or failure.request_id
             return replace(base, outcome="failed", failure=failure, cost=NOT_BILLED, request_id=asked)
-        if not self._streamed:
+        if raw != received:
+            # The server has echoed a secret: what is kept is what is read.
+            reader = self._reader(reception)
+        if not self._streamed or raw != received:
             reader.feed(raw)
         result = reader.close(reception.broke)
         if isinstance(result, Answer):
@@ -176,6 +184,7 @@ class ChatSender:
                 usage=result.usage,
                 cost=self._cost(result),
                 flags=self._flags(result),
+                request_id=base.request_id or result.answer_id,
             )
         never_came = result is reception.broke or result.kind == "incomplete_stream"
         return replace(
@@ -186,6 +195,9 @@ class ChatSender:
             cost=self._failed_cost(reader),
             request_id=base.request_id or result.request_id,
         )
+
+    def _reader(self, reception: _Reception) -> AnswerReader:
+        return AnswerReader(reception.headers, streamed=self._streamed, cost_in_usage=self._endpoint.cost_in_usage)
 
     def _cost(self, answer: Answer) -> Cost:
         if self._endpoint.name == "local":
@@ -222,17 +234,18 @@ class ChatSender:
             return Failure("connect", Action.RETRY, message)
         if isinstance(exc, (httpx.UnsupportedProtocol, httpx.LocalProtocolError, httpx.ProxyError)):
             return Failure("connect", Action.RETRY, message)
+        if isinstance(cause, aiohttp.ServerDisconnectedError):
+            kind = "disconnect"  # which the transport calls a ConnectTimeout
         return Failure(kind, Action.RETRY, message)
 
     def _scrubbed(self, raw: bytes) -> bytes:
         """A server may echo the key, in an error above all; it must not reach the ledger."""
         for secret in self._secrets:
-            if secret in raw:
-                raw = raw.replace(secret, b"[secret]")
+            raw = raw.replace(secret, b"[secret]")
         return raw
 
     def _scrub_text(self, text: str) -> str:
-        return self._scrubbed(text.encode("utf-8", "replace")).decode("utf-8", "replace")
+        return self._scrubbed(text.encode("utf-8", "replace")).decode("utf-8") if self._secrets else text
 
 
 class _Reception:
@@ -248,12 +261,16 @@ class _Reception:
         self.broke: Failure | None = None
 
 
-def _session(concurrency: int) -> aiohttp.ClientSession:
-    return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(
-            limit=concurrency, keepalive_timeout=_KEEPALIVE_SECONDS, ssl=httpx.create_ssl_context()
-        ),
-        cookie_jar=aiohttp.DummyCookieJar(),
-        timeout=aiohttp.ClientTimeout(total=None),
-        trust_env=True,
-    )
+def _transport(base_url: str, concurrency: int) -> AiohttpTransport:
+    context = httpx.create_ssl_context()
+    proxy = proxy_for(base_url)
+
+    def session() -> aiohttp.ClientSession:
+        return aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=concurrency, keepalive_timeout=_KEEPALIVE_SECONDS, ssl=context),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            timeout=aiohttp.ClientTimeout(total=None),
+            trust_env=False,  # it would send what a .netrc holds, and ask a proxy for this very machine
+        )
+
+    return AiohttpTransport(verify=context, client=session, proxy=httpx.Proxy(proxy) if proxy else None)

@@ -92,8 +92,8 @@ def run(job: Path, retry_failed: bool, as_json: bool, quiet: bool, adopt_ledger:
 @click.option("--rows", default=3, show_default=True, type=click.IntRange(0), help="How many rendered prompts to show.")
 def check(job: Path, rows: int) -> None:
     """Validate a job, show its first prompts and count its rows; sends nothing."""
-    from batchrun.invocation import check
     from batchrun.job import load_job
+    from batchrun.offline import check
 
     preview = check(load_job(job), os.environ, samples=rows)
     for row_index, messages in preview.samples:
@@ -105,8 +105,8 @@ def check(job: Path, rows: int) -> None:
         click.echo(f"row {fault.slot.row_index + 1} would fail: {fault.error}")
     if preview.fault_count > len(preview.faults):
         click.echo(f"… and {preview.fault_count - len(preview.faults)} more rows would fail")
-    for warning in preview.warnings:
-        _say(f"warning: {warning}")
+    if preview.warning:
+        _say(f"warning: {preview.warning}")
     found = preview.job
     failing = f", {preview.fault_count} of which give no prompt and would fail" if preview.fault_count else ""
     click.echo(f"{found.name}: {preview.rows} rows{failing}; model {found.model} at {found.provider.name}")
@@ -124,7 +124,7 @@ def export(job: Path, as_json: bool, quiet: bool, adopt_ledger: bool) -> None:
 
     loaded = load_job(job)
     with held(loaded.ledger_path):
-        from batchrun.invocation import export
+        from batchrun.offline import export
 
         summary = export(loaded, adopt=adopt_ledger)
     _show(summary, as_json, quiet)

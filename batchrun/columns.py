@@ -29,7 +29,7 @@ def build(values: Sequence[Any], kind: pa.DataType) -> pa.Array:
     nulls = sum(value is None for value in values)
     validity = None if not nulls else pa.py_buffer(_bits([value is not None for value in values]))
     if pa.types.is_string(kind):
-        encoded = [value.encode() if value is not None else b"" for value in values]
+        encoded = [value.encode("utf-8", "replace") if value is not None else b"" for value in values]
         data = [pa.py_buffer(_offsets(encoded)), pa.py_buffer(b"".join(encoded))]
         return pa.Array.from_buffers(kind, len(values), [validity, *data], null_count=nulls)
     if pa.types.is_list(kind):

@@ -2,7 +2,8 @@
 
     BatchrunError
     ├── JobError            2   the job, its input or the command line is wrong; nothing was sent
-    │   └── InputError      2   the input cannot be read as it stands
+    │   ├── InputError      2   the input cannot be read as it stands
+    │   └── MissingHereError 2  the job is right, and this machine lacks its key or its model
     ├── ProviderError       4   the provider refuses the account or cannot be reached
     ├── LedgerHeldError     5   another process holds this job's ledger
     ├── StorageError        6   the ledger or the output cannot be read or written
@@ -45,6 +46,10 @@ class JobError(BatchrunError):
 
 class InputError(JobError):
     """The input cannot be read as it stands; the message names file and row."""
+
+
+class MissingHereError(JobError):
+    """The job is right, and this machine lacks what it needs: a key, a variable, a model."""
 
 
 class ProviderError(BatchrunError):

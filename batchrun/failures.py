@@ -14,13 +14,14 @@ from decimal import Decimal, InvalidOperation
 from email.utils import parsedate_to_datetime
 from typing import Any, NamedTuple
 
+from batchrun.documents import parse_json, sound, unwrapped
 from batchrun.records import Action, Failure
 
 _MESSAGE_LENGTH = 500
 
 _NO_CREDIT = re.compile(
-    r"out of credits|exhausted the available|insufficient[ _](balance|funds|credit)|credit balance is too low"
-    r"|top up|payment required|billing[ _](hard[ _]limit|not[ _]active)|negative balance",
+    r"\bout of credits?\b|\bexhausted the available\b|\binsufficient[ _](balance|funds|credits?)\b"
+    r"|\bcredit balance is too low\b|\btop up your\b|\bbilling[ _](hard[ _]limit|not[ _]active)\b",
     re.IGNORECASE,
 )
 _QUOTA_CODE = re.compile(r"insufficient_quota|enforced_spend_limit|billing_hard_limit|quota_exceeded", re.IGNORECASE)
@@ -30,10 +31,12 @@ _QUOTA_TEXT = re.compile(
 )
 _CONTEXT = re.compile(
     r"context_length_exceeded|exceed_context_size|maximum context length|context (length|window|size) (is )?exceed"
-    r"|exceeds? the (available |maximum )?context|prompt is too long|input is too long|too many (input )?tokens"
-    r"|reduce the length of the (messages|prompt)",
+    r"|exceeds? the (available |maximum )?context",
     re.IGNORECASE,
 )
+_TOO_LARGE = re.compile(r"\brequest too large\b", re.IGNORECASE)
+_LONGEST_WAIT = 30 * 86_400.0
+_ABOUT_THE_PROMPT = re.compile(r"content|filter|safety|policy|context|validation|moderation", re.IGNORECASE)
 
 # A refusal that a setting of the job mends.
 _MENDS = (
@@ -79,8 +82,8 @@ def read_failure(status: int, headers: Mapping[str, str], body: bytes) -> Failur
     """Read an HTTP error answer (status 300 and above). `headers` has lower-case names."""
     text = body[:1_000_000].decode("utf-8", errors="replace").strip()
     try:
-        document = json.loads(text, parse_float=Decimal) if text else None
-    except (ValueError, RecursionError):
+        document = parse_json(text)
+    except ValueError:
         document = None
     if not isinstance(document, (dict, list)):
         document = {"message": document if isinstance(document, str) else _plain(text)}
@@ -88,20 +91,22 @@ def read_failure(status: int, headers: Mapping[str, str], body: bytes) -> Failur
 
 
 def failure_of(document: object, headers: Mapping[str, str], *, status: int | None = None) -> Failure:
-    """Classify an error document. `status` None: it came inside a 200, and its own code tells."""
+    """Classify an error document. `status` None: it came inside a 200, and its own code or words tell."""
     words = _words(document)
     effective = status if status is not None else words.status
     if effective is None:
-        effective = _status_of_type(f"{words.kind or ''} {words.code or ''} {words.upstream_type or ''}")
+        named = f"{words.kind or ''} {words.code or ''} {words.upstream_type or ''}"
+        effective = _status_of_type(named) or _status_of_words(words.message)
     kind, action = _classify(effective, words)
+    should_retry = headers.get("x-should-retry", "").strip().lower()
+    if should_retry == "false" and action in (Action.RETRY, Action.PACE):
+        # The provider itself will not have this again: a limit that no wait lifts, or a row that it cannot do.
+        action = Action.STOP if action is Action.PACE and effective == 429 else Action.REJECT
+    elif should_retry == "true" and action is Action.REJECT:
+        action = Action.RETRY
     retry_after = _retry_after(headers, words) if action in (Action.RETRY, Action.PACE) else None
     if effective == 503 and retry_after is not None and action is Action.RETRY:
         action = Action.PACE
-    should_retry = headers.get("x-should-retry", "").strip().lower()
-    if should_retry == "false" and action in (Action.RETRY, Action.PACE):
-        action = Action.REJECT
-    elif should_retry == "true" and action is Action.REJECT:
-        action = Action.RETRY
     message = words.message
     if not message and 300 <= effective < 400:
         message = f"redirected to {headers.get('location', '?')}, which is never followed: check base_url"
@@ -135,31 +140,30 @@ def request_id_of(headers: Mapping[str, str]) -> str | None:
 
 
 def _classify(status: int, words: _Words) -> tuple[str, Action]:
-    said = f"{words.code or ''} {words.kind or ''} {words.upstream_type or ''} {words.message}"
-    # What an upstream says of its own caller is about the gateway's account, not the user's.
-    from_upstream = words.upstream_type is not None
+    named = f"{words.code or ''} {words.kind or ''} {words.upstream_type or ''}"
     if status == 401:
         return "auth", Action.STOP
     if status == 402:
         return "billing", Action.STOP
     if status == 403:
-        return ("billing", Action.STOP) if _NO_CREDIT.search(said) else ("forbidden", Action.REJECT)
+        return ("billing", Action.STOP) if _is_out_of_credit(words) else ("forbidden", Action.REJECT)
     if status == 429:
+        if _TOO_LARGE.search(words.message):
+            return "bad_request", Action.REJECT  # one request above the limit of a minute never fits
         # Google words its rate limits as a quota, and adds when to come back; a quota that is spent does not.
-        spent = _QUOTA_CODE.search(f"{words.code or ''} {words.kind or ''}") or (
-            _QUOTA_TEXT.search(words.message) and words.retry_after is None
-        )
-        return ("quota", Action.STOP) if spent or _NO_CREDIT.search(said) else ("rate_limit", Action.PACE)
+        is_spent = _QUOTA_CODE.search(named) or (_QUOTA_TEXT.search(words.message) and words.retry_after is None)
+        return ("quota", Action.STOP) if is_spent or _is_out_of_credit(words) else ("rate_limit", Action.PACE)
     if status == 529:
         return "overloaded", Action.PACE
-    if _CONTEXT.search(said) and status != 404:
+    if _CONTEXT.search(f"{named} {words.message}") and status != 404:
         return "bad_request", Action.REJECT  # llama.cpp says so with 500 as well
     if status in (408, 504):
         return "timeout", Action.RETRY
     if status in (409, 425) or status >= 500:
         return "server", Action.RETRY
-    if _NO_CREDIT.search(words.message):
-        return ("server", Action.RETRY) if from_upstream else ("billing", Action.STOP)
+    if _is_out_of_credit(words):
+        # What an upstream says of its own caller is about the gateway's account, not the user's.
+        return ("server", Action.RETRY) if words.upstream_type is not None else ("billing", Action.STOP)
     if status == 404:
         return "not_found", Action.REJECT
     if 300 <= status < 400:
@@ -167,9 +171,15 @@ def _classify(status: int, words: _Words) -> tuple[str, Action]:
     return "bad_request", Action.REJECT
 
 
+def _is_out_of_credit(words: _Words) -> bool:
+    """Never by words that may quote the prompt: a filter's message can hold any text of the user's."""
+    if _ABOUT_THE_PROMPT.search(f"{words.code or ''} {words.kind or ''}"):
+        return False
+    return bool(_NO_CREDIT.search(f"{words.code or ''} {words.kind or ''} {words.message}"))
+
+
 def _words(document: object) -> _Words:
-    if isinstance(document, list):  # Gemini's compatible endpoint wraps its errors in an array
-        document = next((item for item in document if isinstance(item, Mapping)), {})
+    document = unwrapped(document)
     outer: Mapping[str, Any] = document if isinstance(document, Mapping) else {}
     error = outer.get("error")
     inner: Mapping[str, Any] = error if isinstance(error, Mapping) else {}
@@ -203,7 +213,7 @@ def _words(document: object) -> _Words:
     )
     code = next(
         (
-            str(value)
+            sound(str(value))
             for value in (inner.get("code"), outer.get("code"), outer.get("statusCode"))
             if isinstance(value, (str, int)) and not isinstance(value, bool) and value != ""
         ),
@@ -211,7 +221,7 @@ def _words(document: object) -> _Words:
     )
     details = inner.get("details")
     if isinstance(details, Mapping) and isinstance(details.get("error_code"), str):
-        code = details["error_code"]
+        code = sound(details["error_code"])
     outer_type = None if outer.get("type") in ("error", "about:blank") else outer.get("type")
     kind = next(
         (
@@ -224,7 +234,8 @@ def _words(document: object) -> _Words:
     upstream_type, upstream_message = _embedded(message)
     metadata = inner.get("metadata")
     if not upstream_message and isinstance(metadata, Mapping) and isinstance(metadata.get("raw"), str):
-        message = f"{message}: {metadata['raw']}" if metadata["raw"] not in message else message
+        raw = _text(metadata["raw"])
+        message = f"{message}: {raw}" if raw not in message else message
     return _Words(
         message=upstream_message or message,
         code=code[:100] if code else None,
@@ -233,7 +244,7 @@ def _words(document: object) -> _Words:
         status=status,
         request_id=next(
             (
-                value[:200]
+                sound(value[:200])
                 for value in (outer.get("requestId"), outer.get("request_id"), inner.get("request_id"))
                 if isinstance(value, str) and value
             ),
@@ -244,7 +255,7 @@ def _words(document: object) -> _Words:
 
 
 def _text(value: object) -> str:
-    return " ".join(value.split()) if isinstance(value, str) else ""
+    return sound(" ".join(value.split())) if isinstance(value, str) else ""
 
 
 def _detail(value: object) -> str:
@@ -281,7 +292,7 @@ def _embedded(message: str) -> tuple[str | None, str]:
     if not said and kind is None:
         return None, ""
     prefix = message[:start].strip(" :-")
-    return str(kind) if kind is not None else "upstream", f"{prefix}: {said}" if prefix else said
+    return sound(str(kind)) if kind is not None else "upstream", f"{prefix}: {said}" if prefix else said
 
 
 def _plain(text: str) -> str:
@@ -298,8 +309,21 @@ def _http_status(value: object) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and 300 <= value <= 599 else None
 
 
-def _status_of_type(named: str) -> int:
-    return next((status for pattern, status in _TYPES if re.search(pattern, named, re.IGNORECASE)), 500)
+def _status_of_type(named: str) -> int | None:
+    return next((status for pattern, status in _TYPES if re.search(pattern, named, re.IGNORECASE)), None)
+
+
+def _status_of_words(message: str) -> int:
+    """The last resort, for an error inside a 200 that has words only."""
+    for pattern, status in (
+        (_NO_CREDIT, 402),
+        (re.compile(r"unauthori[sz]ed|(invalid|incorrect|missing) (api )?key", re.IGNORECASE), 401),
+        (re.compile(r"rate limit|too many requests", re.IGNORECASE), 429),
+        (re.compile(r"overloaded", re.IGNORECASE), 529),
+    ):
+        if pattern.search(message):
+            return status
+    return 500
 
 
 # --- how long to wait ---------------------------------------------------------------------------------------
@@ -363,9 +387,14 @@ def _until(moment: datetime, now: datetime | None = None) -> float:
 
 
 def _retry_after(headers: Mapping[str, str], words: _Words) -> float | None:
-    """Header before body, and a limit's reset time where neither is there."""
+    """Header before body, and a limit's reset time where neither is there; never beyond a month."""
+    wait = _told_wait(headers, words)
+    return min(wait, _LONGEST_WAIT) if wait is not None and not math.isnan(wait) else None
+
+
+def _told_wait(headers: Mapping[str, str], words: _Words) -> float | None:
     milliseconds = headers.get("retry-after-ms")
-    if milliseconds and (wait := parse_retry_after(milliseconds)) is not None and _is_number(milliseconds):
+    if milliseconds and _is_number(milliseconds) and (wait := parse_retry_after(milliseconds)) is not None:
         return wait / 1000
     told = headers.get("retry-after")
     if told and (wait := parse_retry_after(told)) is not None:
@@ -374,19 +403,13 @@ def _retry_after(headers: Mapping[str, str], words: _Words) -> float | None:
         return words.retry_after
     waits = []
     for name, remaining in headers.items():
-        limit = re.fullmatch(
-            r"(x-ratelimit|anthropic-ratelimit)-remaining-(.+)|anthropic-ratelimit-(.+)-remaining", name
-        )
+        openai = re.fullmatch(r"x-ratelimit-remaining-(.+)", name)
+        anthropic = re.fullmatch(r"anthropic-ratelimit-(.+)-remaining", name)
         # Azure sends -1 where it does not know: only a plain 0 says that the limit is used up.
-        if limit is None or remaining.strip() != "0":
-            continue
-        reset = headers.get(
-            f"x-ratelimit-reset-{limit[2]}" if limit[2] else f"anthropic-ratelimit-{limit[3]}-reset", ""
-        ).strip()
-        wait = _reset(reset)
-        if wait is not None:
-            waits.append(wait)
-    return max(waits) if waits else None
+        if (openai or anthropic) and remaining.strip() == "0":
+            reset = f"x-ratelimit-reset-{openai[1]}" if openai else f"anthropic-ratelimit-{anthropic[1]}-reset"  # type: ignore[index]
+            waits.append(_reset(headers.get(reset, "").strip()))
+    return max((wait for wait in waits if wait is not None), default=None)
 
 
 def _is_number(text: str) -> bool:

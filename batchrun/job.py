@@ -72,6 +72,11 @@ class InputSetting(_Setting):
     def _from_text(cls, value: Any) -> Any:
         return {"path": value} if isinstance(value, str) else value
 
+    @field_validator("path")
+    @classmethod
+    def _on_this_machine(cls, value: str) -> str:
+        return _refuse_remote(value)
+
     @field_validator("encoding")
     @classmethod
     def _known_encoding(cls, value: str) -> str:
@@ -190,6 +195,7 @@ class OutputSetting(_Setting):
     @field_validator("path")
     @classmethod
     def _parquet(cls, value: str) -> str:
+        _refuse_remote(value)
         if not value.endswith(".parquet"):
             raise ValueError(f"{value!r} does not end in .parquet")
         try:
@@ -266,6 +272,11 @@ class Job(_Setting):
             raise ValueError(f"a list of models is {_NOT_YET}: name one")  # noqa: TRY004 - pydantic collects these
         return value
 
+    @field_validator("ledger")
+    @classmethod
+    def _local_ledger(cls, value: str | None) -> str | None:
+        return None if value is None else _refuse_remote(value)
+
     @field_validator("name")
     @classmethod
     def _plain_name(cls, value: str) -> str:
@@ -321,6 +332,12 @@ class Job(_Setting):
         job = Job.model_validate(merged)
         job._path = self._path
         return job
+
+
+def _refuse_remote(path: str) -> str:
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", path):
+        raise ValueError(f"{path!r} is not on this machine: remote paths are {_NOT_YET}")
+    return path
 
 
 def _plain_numbers(value: Any) -> Any:
@@ -397,6 +414,8 @@ def _fault(document: Document, error: Any) -> str:
             return f"{where}{name}: is missing"
         case "value_error":
             return f"{where}{name}: {error['ctx']['error']}"
+        case _ if path[:2] == ("input", "columns"):
+            return f"{where}input.columns: should be a list of names, or a map of names to types (is {_shown(value)})"
         case "model_type" | "model_attributes_type":
             return f"{where}{name}: should be text or a mapping (is {_shown(value)})"
         case _:

@@ -37,7 +37,8 @@ _MIGRATIONS: tuple[str, ...] = (
         run_id TEXT NOT NULL UNIQUE,
         started_at INTEGER NOT NULL,              -- times are microseconds since 1970, UTC
         ended_at INTEGER,
-        state TEXT NOT NULL CHECK (state IN ('open', 'finished', 'abandoned'))
+        state TEXT NOT NULL CHECK (state IN ('open', 'finished', 'abandoned')),
+        input TEXT                                -- the input that the groups are placed by, as JSON
     ) STRICT;
     CREATE TABLE invocation (
         invocation INTEGER PRIMARY KEY,
@@ -52,7 +53,7 @@ _MIGRATIONS: tuple[str, ...] = (
         job TEXT NOT NULL,                        -- the job file as JSON; it holds no secrets
         endpoint TEXT NOT NULL,                   -- what stands for the address in the keys
         prices TEXT,                              -- the prices used, as JSON
-        input TEXT                                -- what the last check of the input found, as JSON
+        input TEXT                                -- the input as this invocation found it, as JSON
     ) STRICT;
     CREATE TABLE attempt (
         attempt_id INTEGER PRIMARY KEY,
@@ -246,43 +247,52 @@ class Ledger:
             if is_finished:
                 self._db.execute("UPDATE run SET state = 'finished', ended_at = ? WHERE run = ?", (now, run.run))
 
-    def last_snapshot(self, run: Run) -> tuple[dict[str, Any], str] | None:
-        """Job and endpoint identity of a run's newest invocation that had checked its input."""
+    def last_snapshot(self, run: Run) -> tuple[dict[str, Any], str, str | None] | None:
+        """Job, endpoint identity and end reason of a run's newest invocation that had checked its input."""
         with _storage(self.path):
             row = self._db.execute(
-                "SELECT job, endpoint FROM invocation WHERE run = ? AND input IS NOT NULL "
+                "SELECT job, endpoint, reason FROM invocation WHERE run = ? AND input IS NOT NULL "
                 "ORDER BY invocation DESC LIMIT 1",
                 (run.run,),
             ).fetchone()
-        return (json.loads(row[0]), row[1]) if row else None
+        return (json.loads(row[0]), row[1], row[2]) if row else None
 
     # --- what the input asks for ----------------------------------------------------------------------------
 
-    def checked_input(self, run: Run) -> dict[str, Any] | None:
-        """What the last check of the run's input found; the groups stand where it put them."""
-        text = self._value(
-            "SELECT input FROM invocation WHERE run = ? AND input IS NOT NULL ORDER BY invocation DESC LIMIT 1",
-            run.run,
-        )
+    def placed_input(self, run: Run) -> dict[str, Any] | None:
+        """The input that the run's groups are placed by, with its number of `rows`; None before the first `place`."""
+        text = self._value("SELECT input FROM run WHERE run = ?", run.run)
         found = json.loads(text) if text is not None else None
         assert found is None or isinstance(found, dict)
         return found
 
-    def keep_checked_input(self, found: dict[str, Any]) -> None:
-        """Record that the input was checked, or had been checked before and is unchanged."""
+    def keep_input(self, run: Run) -> None:
+        """Note that this invocation found the input as it had been placed."""
         with self._transaction():
-            self._db.execute("UPDATE invocation SET input = ? WHERE invocation = ?", (_json(found), self._invocation))
+            self._keep_input(run)
+
+    def _keep_input(self, run: Run) -> None:
+        self._db.execute(
+            "UPDATE invocation SET input = (SELECT input FROM run WHERE run = ?) WHERE invocation = ?",
+            (run.run, self._invocation),
+        )
 
     def has_answers(self) -> bool:
         """True if any run of the job has an attempt: only then do the keys of the input matter."""
         return self._value("SELECT 1 FROM attempt LIMIT 1") is not None
 
-    def place(self, run: Run, slots: Iterable[Request | RowFault]) -> None:
+    def place(self, run: Run, slots: Iterable[Request | RowFault], found: dict[str, Any]) -> int:
         """Take what the input asks for now, and find every group of the run the row that it stands in.
 
-        `slots` is drawn once, in the order of the input; only its keys are kept, on disk and for this call.
+        Args:
+            slots: drawn once, in the order of the input; only their keys are kept, on disk and for this call.
+            found: what the input is known by; kept in the same transaction, with the number of rows.
+
+        Returns:
+            The number of slots.
         """
         needs_keys = self.has_answers()
+        rows = 0
         self._execute_script(
             "DROP TABLE IF EXISTS temp.asked; CREATE TEMP TABLE asked ("
             "row_index INTEGER, model TEXT, sample INTEGER, key TEXT, PRIMARY KEY (row_index, model, sample)"
@@ -291,6 +301,7 @@ class Ledger:
         with self._transaction():
             self._db.execute("DELETE FROM row_fault WHERE run = ?", (run.run,))
             for chunk in _chunks(slots, 1024):
+                rows += len(chunk)
                 faults = [(run.run, *item.slot, item.error) for item in chunk if isinstance(item, RowFault)]
                 self._db.executemany("INSERT INTO row_fault VALUES (?, ?, ?, ?, ?)", faults)
                 if needs_keys:
@@ -300,6 +311,9 @@ class Ledger:
             if needs_keys:
                 for statement in _PLACE.format(run=run.run).split(";"):
                     self._db.execute(statement)
+            self._db.execute("UPDATE run SET input = ? WHERE run = ?", (_json({**found, "rows": rows}), run.run))
+            self._keep_input(run)
+        return rows
 
     def earlier_answers(self, run: Run) -> EarlierAnswers | None:
         """Slots that the last `place` saw and that earlier runs have answered."""
@@ -325,7 +339,7 @@ class Ledger:
         found: dict[Slot, SlotState] = {}
         with _storage(self.path):
             rows = self._db.execute(
-                f"SELECT at, model, sample, max(outcome = 'ok'), max(final), count(*) "
+                f"SELECT at, model, sample, max(outcome = 'ok'), {_NEWEST_IS_FINAL}, count(*) "
                 f"FROM ({self._standing(run)}) GROUP BY at, model, sample",
                 {"run": run.run, "start": start, "stop": stop},
             )
@@ -438,16 +452,26 @@ class Ledger:
             ).fetchall()
         return {Slot(*row[:3]): row[3] for row in rows}
 
-    def totals(self, run: Run) -> Totals:
-        """Sums over a run, computed by SQLite."""
-        everywhere = {"run": run.run, "start": 0, "stop": 2**62}
+    def spent(self, run: Run) -> Decimal:
+        """Dollars of a run so far."""
+        return from_pico(self._value("SELECT coalesce(sum(usd_pico), 0) FROM attempt WHERE run = ?", run.run))
+
+    def counts(self, run: Run) -> tuple[int, int]:
+        """Rows of a run that are ok, and that are failed."""
         with _storage(self.path):
             ok, failed = self._db.execute(
                 f"SELECT coalesce(sum(ok), 0), coalesce(sum(final AND NOT ok), 0) FROM ("
-                f"SELECT max(outcome = 'ok') AS ok, max(final) AS final FROM ({self._standing(run)}) "
+                f"SELECT max(outcome = 'ok') AS ok, {_NEWEST_IS_FINAL} AS final FROM ({self._standing(run)}) "
                 f"GROUP BY at, model, sample)",
-                everywhere,
+                _everywhere(run),
             ).fetchone()
+        faults = self._value("SELECT count(*) FROM row_fault WHERE run = ?", run.run)
+        return ok, failed + faults
+
+    def totals(self, run: Run) -> Totals:
+        """Sums over a run, computed by SQLite."""
+        ok, failed = self.counts(run)
+        with _storage(self.path):
             faults = self._db.execute(
                 "SELECT 'not_rendered', count(*), min(error) FROM row_fault WHERE run = ?", (run.run,)
             ).fetchone()
@@ -471,11 +495,11 @@ class Ledger:
             ).fetchone()
             failures = self._db.execute(
                 f"SELECT error_kind, count(*), min(error) FROM ("
-                f"SELECT at, model, sample, max(attempt_id) AS attempt_id, max(outcome = 'ok') AS ok, "
-                f"max(final) AS final FROM ({self._standing(run)}) GROUP BY at, model, sample) "
+                f"SELECT at, model, sample, max(attempt_id) AS attempt_id, max(outcome = 'ok') AS ok "
+                f"FROM ({self._standing(run)}) GROUP BY at, model, sample) "
                 f"JOIN attempt USING (attempt_id) WHERE attempt.final AND NOT ok GROUP BY error_kind "
                 f"ORDER BY 2 DESC",
-                everywhere,
+                _everywhere(run),
             ).fetchall()
             flags = self._db.execute(
                 "SELECT flags, count(*) FROM attempt WHERE run = ? AND outcome = 'ok' AND flags IS NOT NULL "
@@ -488,7 +512,7 @@ class Ledger:
                 counted[name] = counted.get(name, 0) + number
         return Totals(
             ok=ok,
-            failed=failed + faults[1],
+            failed=failed,
             usd=from_pico(sums[0]),
             usd_by_source={
                 source: from_pico(pico) for source, pico, _ in sorted(by_source, key=str) if source is not None
@@ -573,6 +597,9 @@ class Ledger:
                 raise
 
 
+# Of a slot's attempts only the newest tells whether it is failed: one that is asked again is pending meanwhile.
+_NEWEST_IS_FINAL = "max(attempt_id * 2 + final) & 1"
+
 _SETTLE = """
     UPDATE attempt SET settled_at = ?, outcome = ?, final = ?, status = ?, error_kind = ?, error = ?,
         prompt_tokens = ?, completion_tokens = ?, total_tokens = ?, cached_tokens = ?, cache_write_tokens = ?,
@@ -620,6 +647,10 @@ _PLACE = """
 """
 
 
+def _everywhere(run: Run) -> dict[str, int]:
+    return {"run": run.run, "start": 0, "stop": 2**62}
+
+
 def _settled(settlement: Settlement) -> tuple[Any, ...]:
     exchange = settlement.exchange
     usage, failure, usd = exchange.usage, exchange.failure, exchange.cost.usd
@@ -650,7 +681,7 @@ def _storage(path: Path) -> Iterator[None]:
     """Errors of SQLite and the file system as ours."""
     try:
         yield
-    except sqlite3.DatabaseError as exc:
+    except sqlite3.Error as exc:
         raise StorageError(f"the ledger {path}: {exc}") from exc
     except OSError as exc:
         raise StorageError(f"the ledger {path}: {exc.strerror or exc}") from exc

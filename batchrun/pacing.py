@@ -33,6 +33,7 @@ class Pacing:
         self._limited = 0
         self._not_before = 0.0
         self._episode_from = 0.0
+        self._grow_from = 0.0
         self._waiters: deque[asyncio.Future[None]] = deque()
         self._stopped = asyncio.Event()
         self.in_flight = 0
@@ -75,8 +76,20 @@ class Pacing:
         self.in_flight -= 1
         self._wake()
 
-    def note(self, *, sent_at: float, is_rate_limit: bool, is_ok: bool, retry_after: float | None) -> None:
-        """Take what an answer says about the provider's limits. `sent_at` is by the clock."""
+    def note(
+        self,
+        *,
+        sent_at: float,
+        is_rate_limit: bool,
+        is_ok: bool,
+        is_server_error: bool = False,
+        retry_after: float | None = None,
+    ) -> None:
+        """Take what an answer says about the provider's limits, while its place is still taken.
+
+        Args:
+            sent_at: by the clock.
+        """
         if len(self._answers) == self._answers.maxlen and self._answers[0]:
             self._limited -= 1
         self._answers.append(is_rate_limit)
@@ -85,7 +98,12 @@ class Pacing:
             recent = len(self._answers)
             if recent >= min(_WINDOW, self._most) and self._limited >= _LIMIT_SHARE * recent:
                 self._limit(sent_at, retry_after)
-        elif is_ok and self._allowed < self._most and self.in_flight >= self.allowed:
+        elif is_server_error:
+            # A server in trouble is no reason to send less, and none to send more.
+            self._grow_from = self._clock() + _PAUSE
+        elif (
+            is_ok and self._allowed < self._most and self.in_flight >= self.allowed and self._clock() >= self._grow_from
+        ):
             self._allowed = min(float(self._most), self._allowed + 1 / max(1.0, self._allowed))
             self._wake()
 

@@ -6,9 +6,11 @@ import ipaddress
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
-from batchrun.errors import JobError
+from batchrun.errors import JobError, MissingHereError
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,19 +64,15 @@ class Endpoint:
     secrets: tuple[str, ...] = field(repr=False, default=())
     """Values that must never be written anywhere."""
 
+    def url(self, path: str) -> str:
+        """An address below the base; a query of the base stays at its end."""
+        parts = urlsplit(self.base_url)
+        return parts._replace(path=f"{parts.path.rstrip('/')}/{path}").geturl()
+
 
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 _SECRET_HEADER = re.compile(r"auth|key|token|secret|cookie|credential|password", re.IGNORECASE)
-
-
-def _expand(text: str, environ: Mapping[str, str] | None, where: str) -> str:
-    """Fill in `${VAR}` from the environment; a JobError names each variable that is not set."""
-    if environ is None:
-        return text
-    missing = sorted({name for name in _VARIABLE.findall(text) if name not in environ})
-    if missing:
-        raise JobError(f"{where} names {', '.join(missing)}, which is not set in the environment")
-    return _VARIABLE.sub(lambda match: environ[match[1]], text)
+_SHORTEST_SECRET = 8
 
 
 def is_loopback(host: str) -> bool:
@@ -85,16 +83,43 @@ def is_loopback(host: str) -> bool:
         return host == "localhost" or host.endswith(".localhost")
 
 
+def proxy_for(url: str) -> str | None:
+    """The proxy that the environment names for an address; never one for this machine's own."""
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    if is_loopback(host) or proxy_bypass(host):
+        return None
+    return getproxies().get(parts.scheme)
+
+
 def secret_in_plain_sight(name: str, value: str) -> bool:
     """True for a header that carries a secret written out instead of read from the environment."""
     return bool(_SECRET_HEADER.search(name)) and not _VARIABLE.search(value)
 
 
-def identity_of(base_url: str) -> str:
-    """Scheme, host, port and path of an address: what of it can change an answer."""
-    parts = urlsplit(base_url)
-    port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
-    return f"{parts.scheme}://{(parts.hostname or '').lower()}:{port}{parts.path.rstrip('/')}"
+class _Environment:
+    """Fills in `${VAR}`, and remembers the values, which must be written nowhere."""
+
+    def __init__(self, environ: Mapping[str, str] | None) -> None:
+        self._environ = environ
+        self.values: list[str] = []
+
+    def expand(self, text: str, where: str) -> str:
+        """Raises a MissingHereError that names each variable that is not set."""
+        if self._environ is None:
+            return text
+        environ = self._environ
+        missing = sorted({name for name in _VARIABLE.findall(text) if name not in environ})
+        if missing:
+            raise MissingHereError(f"{where} names {', '.join(missing)}, which is not set in the environment")
+        self.values += [environ[name].strip() for name in _VARIABLE.findall(text)]
+        return _VARIABLE.sub(lambda match: environ[match[1]].strip(), text)
+
+    def key(self, variable: str) -> str:
+        """An API key; empty if it is not set."""
+        value = self._environ.get(variable, "").strip() if self._environ is not None else ""
+        self.values += [value] if value else []
+        return value
 
 
 def resolve(
@@ -114,47 +139,72 @@ def resolve(
         environ: where keys and `${VAR}` are read; None for an endpoint that nothing will be sent to.
 
     Raises:
-        JobError: no address, no key, or a key that would cross a network in the clear.
+        JobError: no address, or a key that would go where it should not.
+        MissingHereError: no key, or a variable that is not set.
     """
     known = PROVIDERS.get(name, CUSTOM)
-    url = base_url or known.base_url
-    if url is None:
-        raise JobError(
-            f"provider {name!r} is not in the table of known providers: give it a base_url "
-            f"(known: {', '.join(PROVIDERS)})"
-        )
-    url = _expand(url, environ, "provider.base_url").rstrip("/")
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise JobError(f"provider.base_url {url!r} is no address: write https://host/v1")
-    if parts.username or parts.password:
-        raise JobError("provider.base_url holds a user name or password: set api_key_env instead")
-    filled = {key: _expand(text, environ, f"provider.headers.{key}") for key, text in (headers or {}).items()}
-    secrets = [filled[key] for key, text in (headers or {}).items() if _VARIABLE.search(text)]
+    written = base_url or known.base_url
+    if written is None:
+        raise JobError(f"provider {name!r} is not known: give it a base_url (known: {', '.join(PROVIDERS)})")
+    environment = _Environment(environ)
+    url = environment.expand(written, "provider.base_url")
+    host = "" if environ is None else _check_address(url)
+    filled = {key: environment.expand(text, f"provider.headers.{key}") for key, text in (headers or {}).items()}
     variable = api_key_env or known.api_key_env
-    key = environ.get(variable, "").strip() if variable is not None and environ is not None else ""
-    # A known provider at an address of the job's own may be a gateway that wants no key.
-    is_wanted = environ is not None and variable is not None and (api_key_env is not None or base_url is None)
-    if is_wanted and not key:
-        raise JobError(f"no API key: set the environment variable {variable} (provider {name!r})")
-    if key:
-        if not key.isascii() or not key.isprintable():
-            raise JobError(f"the API key in {variable} has characters that no HTTP header can carry")
-        filled["Authorization"] = f"Bearer {key}"
-        secrets.append(key)
-    if secrets and parts.scheme == "http" and not is_loopback(parts.hostname) and not allow_insecure_http:
+    if variable is not None and environ is not None:
+        key = environment.key(variable)
+        # A known provider at an address of the job's own may be a gateway that wants no key.
+        if not key and (api_key_env is not None or base_url is None):
+            raise MissingHereError(f"no API key: set the environment variable {variable} (provider {name!r})")
+        if key and api_key_env is None and not is_loopback(host) and host != urlsplit(known.base_url or "").hostname:
+            raise JobError(
+                f"{variable} is the key of {name}, and {host} is another host: to send it there, "
+                f"write provider: {{api_key_env: {variable}}}"
+            )
+        if key:
+            filled["Authorization"] = f"Bearer {key}"
+    for header, value in filled.items():
+        if not value.isascii() or not value.isprintable():
+            raise JobError(f"the header {header} has characters that HTTP cannot carry: look at its variable")
+    if environment.values and url.startswith("http:") and not is_loopback(host) and not allow_insecure_http:
         raise JobError(
-            f"the key would go to {parts.hostname} over plain HTTP: use https, or set "
+            f"the key would go to {host} over plain HTTP: use https, or set "
             "provider: {allow_insecure_http: true} if that network is yours"
         )
     return Endpoint(
         name=name,
         base_url=url,
-        identity=identity_of(url),
+        identity=_identity(written, url),
         system=system or known.system,
         include_usage=known.include_usage if include_usage is None else include_usage,
         cost_in_usage=known.cost_in_usage,
         is_free=known.is_free,
         headers=filled,
-        secrets=tuple(secret for secret in secrets if len(secret) >= 4),
+        secrets=tuple(value for value in environment.values if len(value) >= _SHORTEST_SECRET),
     )
+
+
+def _check_address(url: str) -> str:
+    """The host of an address, or a JobError."""
+    try:
+        parts = urlsplit(url)
+        host, _ = parts.hostname, parts.port
+    except ValueError as exc:
+        raise JobError(f"provider.base_url {url!r} is no address: {exc}") from None
+    if parts.scheme not in ("http", "https") or not host:
+        raise JobError(f"provider.base_url {url!r} is no address: write https://host/v1")
+    if parts.username or parts.password:
+        raise JobError("provider.base_url holds a user name or password: set api_key_env instead")
+    if parts.fragment or re.search(r"\s", url):
+        raise JobError(f"provider.base_url {url!r} holds a blank or a #: write https://host/v1")
+    return host
+
+
+def _identity(written: str, url: str) -> str:
+    """What of an address can change an answer: scheme, host, port, path and query; never the value of a variable."""
+    if _VARIABLE.search(written):
+        return f"{written}#{blake2b(url.encode(), digest_size=8).hexdigest()}"
+    parts = urlsplit(url)
+    port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+    query = f"?{parts.query}" if parts.query else ""
+    return f"{parts.scheme}://{(parts.hostname or '').lower()}:{port}{parts.path.rstrip('/')}{query}"

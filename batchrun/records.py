@@ -24,11 +24,11 @@ class Action(Enum):
 
     RETRY = "retry"
     PACE = "pace"
-    """Retry, and the wait counts against the time only: the provider asks for fewer requests."""
+    """Retry; the provider asks for fewer requests, so it counts against the row's time, not against its attempts."""
     REJECT = "reject"
     """This row cannot be answered as it is asked."""
     STOP = "stop"
-    """No row can be answered: the account or the model is refused."""
+    """No row can be answered: the account is refused."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +65,6 @@ class Answer:
     usd_source: str | None = None
     """`reported` or `credits`."""
     credits_used: Decimal | None = None
-    upstream_usd: Decimal | None = None
-    """A cost that somebody else than this provider puts on the answer; shown, never counted."""
     model: str | None = None
     answer_id: str | None = None
     reasoning: str | None = None

@@ -13,7 +13,7 @@ from tenacity import DoSleep, RetryCallState, Retrying, retry_if_result
 from tenacity.stop import stop_base
 from tenacity.wait import wait_base, wait_random_exponential
 
-from batchrun.records import Action, Exchange
+from batchrun.records import Action, Exchange, Failure
 
 _LONGEST_BACKOFF = 60.0
 
@@ -58,8 +58,13 @@ class Retries:
 
 
 def counts_as_attempt(exchange: Exchange) -> bool:
-    """False for what says nothing about the row: a rate limit, or a server that was not reached."""
-    return exchange.failure is None or exchange.failure.kind not in ("rate_limit", "connect")
+    """False for what says nothing about the row."""
+    return exchange.failure is None or not is_providers_fault(exchange.failure)
+
+
+def is_providers_fault(failure: Failure) -> bool:
+    """True for a provider that asks for fewer requests, or that was not reached: any row would have met the same."""
+    return failure.action is Action.PACE or failure.kind == "connect"
 
 
 def _asks_for_retry(exchange: Exchange) -> bool:

@@ -22,7 +22,7 @@ from batchrun.ledger import Ledger, Run, now_us
 from batchrun.money import NOT_BILLED
 from batchrun.pacing import Pacing
 from batchrun.records import Action, Exchange, Failure, Intent, Request, Settlement
-from batchrun.retry import Retries
+from batchrun.retry import Retries, is_providers_fault
 
 _WAITING_PER_SLOT = 4
 _RAMP_SECONDS = 0.3
@@ -30,6 +30,8 @@ _AT_ONCE = 32
 _SYNC_SECONDS = 1.0
 _FIRST = 20
 """Attempts or rows that must not all fail alike at the start of a run."""
+_SHORTEST_OUTAGE = 60.0
+_ROWS_OWN = ("bad_request", "not_found", "forbidden", "redirect", "malformed", "timeout", "disconnect")
 
 
 class Sender(Protocol):
@@ -94,14 +96,19 @@ class Runner:
         self._clock = clock
         self._retries = Retries(max_attempts, max_seconds, clock)
         self._pacing = Pacing(concurrency, clock)
-        self._journal = _Journal(ledger, run)
+        self._journal = _Journal(ledger, run, self._fail)
         self._health = _Health(max_attempts, max_seconds, clock())
         self._waiting: list[_Work] = []
         self._order = itertools.count()
         self._is_exhausted = False
         self._workers: list[asyncio.Task[None]] = []
         self._stopping = asyncio.Event()
+        self._signals = 0
+        self._has_dropped = False
+        """A row was left that should have been asked, or asked again."""
         self.stop: Stop | None = None
+        self.sent = 0
+        """Attempts made."""
 
     async def run(self) -> Stop | None:
         """Work until every row is settled or the run is stopped; None if nothing stopped it."""
@@ -119,17 +126,22 @@ class Runner:
         try:
             self._journal.flush()
             self._ledger.sync()
-        except BatchrunError as exc:
-            self._halt(Stop(exc.exit_code, "storage", str(exc)))
+        except Exception as exc:  # noqa: BLE001 - how the run ended must be told all the same
+            self._fail(exc)
+        if self.stop is not None and self.stop.exit_code in _SIGNALLED and not self._has_left():
+            self.stop = None  # the signal came when all was done
         return self.stop
+
+    def _has_left(self) -> bool:
+        return self._has_dropped or bool(self._waiting) or next(self._requests, None) is not None
 
     def interrupt(self, exit_code: ExitCode) -> None:
         """A signal: the first draws no more rows and awaits what is in flight, the second stops at once."""
-        if self.stop is not None and self.stop.exit_code in (ExitCode.INTERRUPTED, ExitCode.TERMINATED):
-            self.stop = replace(self.stop, is_immediate=True)
-            self._cancel()
-            return
+        self._signals += 1
         self._halt(Stop(exit_code, "interrupted", "interrupted; run again to go on"))
+        if self._signals > 1:
+            self.stop = replace(self.stop, is_immediate=True) if self.stop is not None else None
+            self._cancel()
 
     # --- workers --------------------------------------------------------------------------------------------
 
@@ -138,14 +150,8 @@ class Runner:
         try:
             while (work := await self._draw()) is not None:
                 await self._attempt(work)
-        except InputError as exc:
-            # It was read whole before the first request: it has changed since.
-            self._halt(Stop(ExitCode.ROWS_FAILED, "input_changed", str(exc)))
-        except BatchrunError as exc:
-            self._halt(Stop(exc.exit_code, "storage" if exc.exit_code == ExitCode.STORAGE else "bug", str(exc)))
         except Exception as exc:  # noqa: BLE001 - a bug must not cancel what other workers have paid for
-            frame = traceback.extract_tb(exc.__traceback__)[-1]
-            self._halt(Stop(ExitCode.BUG, "bug", f"{type(exc).__name__}: {exc} ({frame.filename}:{frame.lineno})"))
+            self._fail(exc)
 
     async def _draw(self) -> _Work | None:
         """The next row: a retry that is due, else a new one; None if there is nothing left to wait for.
@@ -170,29 +176,38 @@ class Runner:
         await self._pacing.enter()
         try:
             if self._stopping.is_set():
+                self._has_dropped = True
                 return
             intent = self._ledger.intent(self._run, work.request, work.tries + 1)
             await self._journal.intend(intent)
+            self.sent += 1
             work.tries += 1
             sent_at = self._clock()
             if work.started is None:
                 work.started = sent_at
-            try:
-                exchange = await self._sender.send(intent)
-            except asyncio.CancelledError:
-                self._journal.settle(Settlement(intent, _INTERRUPTED, now_us(), is_final=False))
-                raise
+            exchange = await self._send(intent)
+            self._settle(work, intent, exchange, sent_at)
         finally:
             self._pacing.leave()
-        self._settle(work, intent, exchange, sent_at)
+
+    async def _send(self, intent: Intent) -> Exchange:
+        """Whatever happens on the way, the attempt is settled: what was sent may be on the bill."""
+        try:
+            return await self._sender.send(intent)
+        except BaseException as exc:
+            self._has_dropped = True
+            why = _INTERRUPTED if isinstance(exc, asyncio.CancelledError) else f"{type(exc).__name__} while it was read"
+            failure = Failure("interrupted", Action.RETRY, why)
+            self._journal.settle(Settlement(intent, Exchange("unknown", failure=failure), now_us(), is_final=False))
+            raise
 
     def _settle(self, work: _Work, intent: Intent, exchange: Exchange, sent_at: float) -> None:
         failure = exchange.failure
-        is_ok = exchange.outcome == "ok"
         self._pacing.note(
             sent_at=sent_at,
-            is_ok=is_ok,
+            is_ok=exchange.outcome == "ok",
             is_rate_limit=failure is not None and failure.kind == "rate_limit",
+            is_server_error=exchange.status is not None and exchange.status >= 500,
             retry_after=failure.retry_after if failure is not None else None,
         )
         is_final, stop = self._decide(work, exchange)
@@ -210,6 +225,7 @@ class Runner:
             return True, None
         match failure.action:
             case Action.STOP:
+                self._has_dropped = True
                 return False, _refused(failure)
             case Action.REJECT:
                 return True, self._health.note_rejected(failure)
@@ -217,15 +233,33 @@ class Runner:
                 if work.retry_state is None:
                     work.retry_state = self._retries.begin(work.started or self._clock())
                 wait = self._retries.wait(work.retry_state, exchange)
-                if wait is not None:
-                    if stop is None and not self._stopping.is_set():
-                        work.due, work.order = self._clock() + wait, next(self._order)
-                        heapq.heappush(self._waiting, work)
+                if stop is not None or self._stopping.is_set():
+                    self._has_dropped = True
                     return False, stop
-                if failure.kind in ("rate_limit", "connect", "overloaded"):
-                    # The row is not at fault: more rows would only be used up against the same wall.
-                    return False, stop or _unavailable(failure)
-                return True, stop
+                if wait is not None:
+                    work.due, work.order = self._clock() + wait, next(self._order)
+                    heapq.heappush(self._waiting, work)
+                    return False, None
+                if is_providers_fault(failure) and not self._health.has_answered_since(work.started):
+                    # No row fares better: more of them would only be used up against the same wall.
+                    self._has_dropped = True
+                    return False, _unavailable(failure)
+                return True, None
+
+    def _fail(self, exc: Exception) -> None:
+        """An exception ends the sending, but never what is in flight."""
+        match exc:
+            case InputError():
+                # It was read whole before the first request: it has changed since.
+                stop = Stop(ExitCode.ROWS_FAILED, "input_changed", str(exc))
+            case BatchrunError():
+                stop = Stop(exc.exit_code, "storage" if exc.exit_code == ExitCode.STORAGE else "bug", str(exc))
+            case _:
+                frame = traceback.extract_tb(exc.__traceback__)[-1]
+                where = f"{frame.filename}:{frame.lineno}"
+                stop = Stop(ExitCode.BUG, "bug", f"a bug in batchrun: {type(exc).__name__}: {exc} ({where})")
+        self._has_dropped = True
+        self._halt(stop)
 
     # --- stopping -------------------------------------------------------------------------------------------
 
@@ -258,7 +292,7 @@ class Runner:
                 try:
                     await asyncio.to_thread(self._ledger.sync)
                 except BatchrunError as exc:
-                    self._halt(Stop(exc.exit_code, "storage", str(exc)))
+                    self._fail(exc)
 
 
 # When several hold: a bug, storage, a signal, the provider, the input.
@@ -267,7 +301,8 @@ _RANK = {
     ExitCode.TERMINATED: 4, ExitCode.STORAGE: 5, ExitCode.BUG: 6,
 }  # fmt: skip
 
-_INTERRUPTED = Exchange("unknown", failure=Failure("interrupted", Action.RETRY, "interrupted before an answer came"))
+_SIGNALLED = (ExitCode.INTERRUPTED, ExitCode.TERMINATED)
+_INTERRUPTED = "interrupted before an answer came"
 _NEVER_SENT = Exchange(
     "failed", failure=Failure("interrupted", Action.RETRY, "interrupted before it was sent"), cost=NOT_BILLED
 )
@@ -289,9 +324,10 @@ def _unavailable(failure: Failure) -> Stop:
 class _Journal:
     """Group commit: what arrives and what goes next in one turn of the event loop is one transaction."""
 
-    def __init__(self, ledger: Ledger, run: Run) -> None:
+    def __init__(self, ledger: Ledger, run: Run, on_error: Callable[[Exception], None]) -> None:
         self._ledger = ledger
         self._run = run
+        self._on_error = on_error
         self._settlements: list[Settlement] = []
         self._intents: list[tuple[Intent, asyncio.Future[None]]] = []
         self._is_scheduled = False
@@ -324,7 +360,7 @@ class _Journal:
         try:
             if settlements or intents:
                 self._ledger.commit(self._run, settlements, [intent for intent, _ in intents])
-        except BatchrunError as exc:
+        except Exception as exc:
             for _, committed in intents:
                 if not committed.done():
                     committed.set_exception(exc)
@@ -342,9 +378,9 @@ class _Journal:
     def _flush_in_turn(self) -> None:
         try:
             self.flush()
-        except BatchrunError:
-            # The workers that wait for their intents get it; the answers are tried once more at the end.
-            return
+        except Exception as exc:  # noqa: BLE001 - nobody may be waiting for this turn; it must not pass in silence
+            # The answers are kept, and tried once more at the end.
+            self._on_error(exc)
 
 
 class _Health:
@@ -364,8 +400,8 @@ class _Health:
         """Take an exchange; a Stop if the provider seems to be gone. `tries`: of this row, in this invocation."""
         self._attempts += 1
         failure = exchange.failure
-        if failure is None or failure.action is Action.REJECT:
-            # An answer or a refusal of the row: the provider is there.
+        if failure is None or (failure.action is Action.REJECT and failure.kind in _ROWS_OWN):
+            # An answer, or a refusal of this very row: the provider is there.
             if failure is None:
                 self._rejected.add("")
             self._settled_rows += 1
@@ -375,12 +411,14 @@ class _Health:
         self._only_unreachable = self._only_unreachable and failure.kind == "connect"
         if self._only_unreachable and (self._attempts >= _FIRST or tries >= self._max_attempts):
             return Stop(ExitCode.PROVIDER, "unreachable", f"the provider cannot be reached: {failure.message}")
-        if self._failed_since >= _FIRST and now - self._last_success >= self._max_seconds:
-            return Stop(
-                ExitCode.PROVIDER, "outage",
-                f"no answer for {now - self._last_success:.0f} s (retry.max_seconds): {failure}; run again later",
-            )  # fmt: skip
+        silence = now - self._last_success
+        if self._failed_since > 1 and silence >= max(self._max_seconds, _SHORTEST_OUTAGE):
+            return Stop(ExitCode.PROVIDER, "outage", f"no answer for {silence:.0f} s: {failure}; run again later")
         return None
+
+    def has_answered_since(self, moment: float | None) -> bool:
+        """True if any row was answered or refused after a moment by the clock."""
+        return moment is not None and self._last_success > moment
 
     def note_rejected(self, failure: Failure) -> Stop | None:
         """Take a refused row; a Stop if the first rows were all refused in the same words."""

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batchrun.errors import StorageError
+from batchrun.errors import JobError, StorageError
 
 _GROUP_ROWS = 65_536
 _GROUP_BYTES = 32 * 1024 * 1024
@@ -43,6 +43,23 @@ def write_parquet(
         _sync_folder(path.parent)
     except (OSError, pa.ArrowException) as exc:
         raise StorageError(f"the output {path} cannot be written: {exc}; `batchrun export` writes it again") from exc
+
+
+def check_schema(schema: pa.Schema) -> None:
+    """Find out before anything is sent whether Parquet can hold the columns.
+
+    Raises:
+        JobError: it cannot; such as a struct without fields.
+    """
+    for field in schema:
+        try:
+            with pq.ParquetWriter(pa.BufferOutputStream(), pa.schema([field])):
+                pass
+        except pa.ArrowException as exc:
+            raise JobError(
+                f"the column {field.name!r} ({field.type}) cannot be written to Parquet: {exc}: leave it out with "
+                f"input: {{columns: {{{field.name}: null}}}}"
+            ) from None
 
 
 def check_writable(path: Path) -> None:

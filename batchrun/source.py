@@ -13,6 +13,7 @@ import gzip
 import json
 import stat
 import sys
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -97,11 +98,17 @@ class Source:
         first = str(self._files[0].path)
         return first if len(self._files) == 1 else f"{first} and {len(self._files) - 1} more"
 
+    @property
+    def paths(self) -> set[Path]:
+        """The files, with links resolved."""
+        return {file.path.resolve() for file in self._files}
+
     def fingerprint(self) -> list[list[Any]]:
         """Path, size and modification time of each file: unchanged, they are not read again to be checked."""
         found: list[list[Any]] = []
         for file in self._files:
-            status = file.path.stat()
+            with _reading(file.path):
+                status = file.path.stat()
             try:
                 name = str(file.path.relative_to(self._folder))
             except ValueError:
@@ -261,9 +268,9 @@ class Source:
         ):
             try:
                 yield fp
-            except UnicodeDecodeError as exc:
+            except UnicodeError as exc:
                 raise InputError(
-                    f"{file.path}: is not {self._setting.encoding} (byte {exc.object[exc.start]:#04x}): "
+                    f"{file.path}: is not {self._setting.encoding} ({exc}): "
                     "set input: {encoding: …}, such as latin-1 or cp1252"
                 ) from None
 
@@ -473,5 +480,5 @@ def _reading(path: Path) -> Iterator[None]:
         yield
     except csv.Error as exc:
         raise InputError(f"{path}: line 1: no valid CSV: {exc}") from exc
-    except (OSError, EOFError, pa.ArrowException) as exc:
+    except (OSError, EOFError, zlib.error, pa.ArrowException) as exc:
         raise InputError(f"{path}: cannot be read: {exc}") from exc

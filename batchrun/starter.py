@@ -105,5 +105,5 @@ def _reference(name: str) -> str:
 
 def _text(value: str) -> str:
     """A YAML scalar."""
-    plain = value and all(character.isalnum() or character in "/._-" for character in value) and value[0] not in "-."
-    return value if plain or value.startswith(("../", "./")) else "'" + value.replace("'", "''") + "'"
+    plain = value[:1] not in ("", "-") and all(character.isalnum() or character in "/._-" for character in value)
+    return value if plain else "'" + value.replace("'", "''") + "'"

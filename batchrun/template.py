@@ -21,7 +21,7 @@ from batchrun.providers import Endpoint
 from batchrun.records import Request, Slot
 from batchrun.wire import request_body, stream_fields
 
-_WHOLE = re.compile(r"\s*\{\{((?:(?!\{\{|\}\}).)*)\}\}\s*", re.DOTALL)
+_WHOLE = re.compile(r"\s*\{\{[-+]?((?:(?!\{\{|\}\}).)*?)[-+]?\}\}\s*", re.DOTALL)
 
 
 class NotRenderedError(Exception):
@@ -40,8 +40,10 @@ def _refuse_null(value: Any) -> Any:
 
 def _environment() -> ImmutableSandboxedEnvironment:
     environment = ImmutableSandboxedEnvironment(
-        undefined=StrictUndefined, autoescape=False, finalize=_refuse_null, keep_trailing_newline=False
+        undefined=StrictUndefined, autoescape=False, finalize=_refuse_null, keep_trailing_newline=True
     )
+    # What differs from one rendering to the next would give a row a new key each time, and have it paid for again.
+    del environment.filters["random"], environment.globals["lipsum"]
     environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False, default=plain_json)
     return environment
 
@@ -149,7 +151,8 @@ class Template:
     # --- compiling ------------------------------------------------------------------------------------------
 
     def _message(self, role: str, text: str, place: str) -> _Renderer:
-        content = self._compile(text, place)
+        # A YAML block ends with a line end that nobody means to send.
+        content = self._compile(text.removesuffix("\n"), place)
         return lambda row: {"role": role, "content": content(row)}
 
     def _compile(self, value: Any, place: str, *, keeps_type: bool = False) -> _Renderer:
@@ -188,7 +191,7 @@ class Template:
                 self._unknown.setdefault(name, place)
         has_row = "row" in names and "row" not in self._available
         if whole is not None:
-            return lambda row: _typed(expression(**(_named(row, has_row))))
+            return lambda row: _typed(expression(_named(row, has_row)))
         return lambda row: template.render(_named(row, has_row))
 
 

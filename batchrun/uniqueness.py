@@ -3,32 +3,27 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Iterator
 from typing import Any
 
 
-def first_duplicate(values: Iterable[tuple[int, Any]]) -> tuple[int, int, Any] | None:
-    """The first (row index, earlier row index, value) whose value has been seen; None if all differ.
+class UniqueValues:
+    """Takes values one by one and tells the first that comes again.
 
-    >>> first_duplicate([(0, "a"), (1, 7), (2, "a")])
-    (2, 0, 'a')
+    >>> unique = UniqueValues()
+    >>> [unique.add(0, "1"), unique.add(1, 1), unique.add(2, "1")]
+    [None, None, 0]
     """
-    # The empty name is a private database in a temporary file.
-    db = sqlite3.connect("", isolation_level=None)
-    try:
-        db.execute("CREATE TABLE seen (value TEXT PRIMARY KEY, row_index INTEGER) WITHOUT ROWID")
-        db.execute("BEGIN")
-        for row_index, value in _tagged(values):
-            cursor = db.execute("INSERT OR IGNORE INTO seen VALUES (?, ?)", (value, row_index))
-            if cursor.rowcount == 0:
-                earlier = db.execute("SELECT row_index FROM seen WHERE value = ?", (value,)).fetchone()[0]
-                return row_index, earlier, value.partition(":")[2]
-    finally:
-        db.close()
-    return None
 
+    def __init__(self) -> None:
+        # The empty name is a private database in a temporary file.
+        self._db = sqlite3.connect("", isolation_level=None)
+        self._db.execute("CREATE TABLE seen (value TEXT PRIMARY KEY, row_index INTEGER) WITHOUT ROWID")
+        self._db.execute("BEGIN")
 
-def _tagged(values: Iterable[tuple[int, Any]]) -> Iterator[tuple[int, str]]:
-    """The text "1" and the number 1 differ."""
-    for row_index, value in values:
-        yield row_index, f"{type(value).__name__}:{value}"
+    def add(self, row_index: int, value: Any) -> int | None:
+        """The index of the row that has had this value before; None if it is new."""
+        tagged = f"{type(value).__name__}:{value}"  # the text "1" and the number 1 differ
+        if self._db.execute("INSERT OR IGNORE INTO seen VALUES (?, ?)", (tagged, row_index)).rowcount:
+            return None
+        earlier: int = self._db.execute("SELECT row_index FROM seen WHERE value = ?", (tagged,)).fetchone()[0]
+        return earlier

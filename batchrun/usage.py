@@ -27,11 +27,6 @@ class Usage:
     reasoning_tokens: int | None = None
 
     @property
-    def is_known(self) -> bool:
-        """True if both sides are known, so that a price can be put on them."""
-        return self.prompt_tokens is not None and self.completion_tokens is not None
-
-    @property
     def is_zero(self) -> bool:
         """True for usage that was sent but says nothing: every count 0."""
         return self.prompt_tokens == 0 and self.completion_tokens == 0 and not self.total_tokens
@@ -103,11 +98,9 @@ def read_usage(usage: object) -> Usage:
         # Anthropic's `input_tokens` leaves out what the cache held; OpenAI's, of the same name, does not.
         apart += (cached or 0) + (written or 0)
     prompt = _most(prompt, apart)
-    if prompt is not None and (cached or 0) + (written or 0) > prompt:
-        prompt += (cached or 0) + (written or 0)  # parts cannot exceed their whole: they were outside it
     completion = _most(count(usage.get("completion_tokens")), count(usage.get("output_tokens")))
     return Usage(
-        prompt_tokens=prompt,
+        prompt_tokens=_with_parts(prompt, cached, written),
         completion_tokens=completion,
         total_tokens=count(usage.get("total_tokens")),
         cached_tokens=cached,
@@ -116,18 +109,25 @@ def read_usage(usage: object) -> Usage:
     )
 
 
+def _with_parts(prompt: int | None, cached: int | None, written: int | None) -> int | None:
+    """Parts cannot exceed their whole: where they do, they were outside it."""
+    parts = (cached or 0) + (written or 0)
+    return prompt + parts if prompt is not None and parts > prompt else prompt
+
+
 def merge(first: Usage, second: Usage) -> Usage:
     """Field-wise maximum of two sightings: neither the sum nor the last of a stream is right."""
     return Usage(*(_most(getattr(first, field.name), getattr(second, field.name)) for field in fields(Usage)))
 
 
 def settle(usage: Usage) -> Usage:
-    """The normal form after the last sighting: total at least prompt + completion."""
-    if usage.prompt_tokens is None or usage.completion_tokens is None:
-        return usage
-    total = max(usage.total_tokens or 0, usage.prompt_tokens + usage.completion_tokens)
+    """The normal form after the last sighting: total at least prompt + completion, cached within the prompt."""
+    prompt = _with_parts(usage.prompt_tokens, usage.cached_tokens, usage.cache_write_tokens)
+    total = usage.total_tokens
+    if prompt is not None and usage.completion_tokens is not None:
+        total = max(total or 0, prompt + usage.completion_tokens)
     return Usage(
-        usage.prompt_tokens,
+        prompt,
         usage.completion_tokens,
         total,
         usage.cached_tokens,

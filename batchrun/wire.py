@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from typing import Any
 
+from batchrun.documents import is_error, parse_json, sound, unwrapped
 from batchrun.failures import failure_of, request_id_of
 from batchrun.money import CREDITS_PER_USD, amount, usd_from_credits, usd_from_wire
 from batchrun.records import Action, Answer, Failure
@@ -48,7 +49,7 @@ def request_body(
     """
     body: dict[str, Any] = {"model": model}
     if system == "top_level":
-        said = [message["content"] for message in messages if message.get("role") == "system"]
+        said = [message["content"] for message in messages if message.get("role") == "system" and "content" in message]
         messages = [message for message in messages if message.get("role") != "system"]
         if said:
             body["system"] = "\n\n".join(said) if all(isinstance(text, str) for text in said) else _parts_of(said)
@@ -70,22 +71,6 @@ def stream_fields(include_usage: bool) -> dict[str, Any]:
 
 
 # --- answers ------------------------------------------------------------------------------------------------
-
-
-def parse_json(raw: bytes | str) -> Any:
-    """JSON with exact decimals; NaN and infinities are null. ValueError if it is no JSON."""
-    text = raw.decode("utf-8", errors="replace") if isinstance(raw, bytes) else raw
-    try:
-        return json.loads(text.lstrip("\ufeff \t\r\n\x00"), parse_float=_decimal, parse_constant=lambda _: None)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-
-
-def _decimal(text: str) -> Decimal | None:
-    try:
-        return Decimal(text)
-    except InvalidOperation:
-        return None
 
 
 def read_answer(
@@ -138,15 +123,17 @@ class AnswerReader:
         if self.is_done:
             return
         if not self._is_sniffed:
-            self._head.append(raw)
-            start = b"".join(self._head).lstrip(b"\xef\xbb\xbf \t\r\n")
-            if not start:
+            # What is blank before the answer is a keep-alive, and nothing hangs on it.
+            raw = (b"".join(self._head) + raw).lstrip(b" \t\r\n")
+            self._head = [raw]
+            start = raw.removeprefix(b"\xef\xbb\xbf").lstrip(b" \t\r\n")
+            if not start or b"\xef\xbb\xbf".startswith(raw):
                 return
             self._is_sniffed = True
             if start[:1] in b"{[<":
                 self._events = None
                 return
-            raw, self._head = b"".join(self._head), []
+            self._head = []
         if self._events is None:
             self._head.append(raw)
         else:
@@ -181,14 +168,11 @@ class AnswerReader:
             document = parse_json(raw)
         except ValueError:
             return self._close_undecodable(raw)
-        if isinstance(document, list) and document and isinstance(document[0], dict):
-            document = document[0]
+        document = unwrapped(document)
         if not isinstance(document, dict):
             return self._malformed("the answer is JSON, but no object")
         self._merged.take(document, self._headers)
         if self._merged.failure is None and not self._merged.has_choice:
-            if _is_error_document(document):
-                return failure_of(document, self._headers)
             return self._malformed("the answer has no choices")
         return self._merged.failure or self._answer(self._merged, ())
 
@@ -222,8 +206,7 @@ class AnswerReader:
                 if event.name == "error":
                     self._merged.fail(failure_of({"message": data}, self._headers))
                 continue  # a keep-alive in plain words, or a chunk that the end of the stream has cut
-            if isinstance(document, list) and document and isinstance(document[0], dict):
-                document = document[0]
+            document = unwrapped(document)
             if isinstance(document, dict):
                 if event.name == "error" and not isinstance(document.get("choices"), list):
                     self._merged.fail(failure_of(document, self._headers))
@@ -244,7 +227,7 @@ class AnswerReader:
         text = merged.text()
         found = list(flags)
         if text is None and merged.refusal:
-            text = "".join(merged.refusal)
+            text = sound("".join(merged.refusal))
         if merged.refusal or (merged.finish or "").lower() == "refusal":
             found.append("refusal")
         if finish == "length":
@@ -265,11 +248,10 @@ class AnswerReader:
             usd=usd,
             usd_source=source,
             credits_used=credits_used,
-            upstream_usd=usd_from_wire(merged.cost) if not self._cost_in_usage else None,
             model=merged.model,
             answer_id=merged.answer_id,
-            reasoning=_sound("".join(merged.reasoning)) if merged.reasoning else None,
-            tool_calls=tuple(merged.tools[index] for index in sorted(merged.tools)),
+            reasoning=sound("".join(merged.reasoning)) if merged.reasoning else None,
+            tool_calls=tuple(_sound_tool(merged.tools[index]) for index in sorted(merged.tools)),
             flags=tuple(found),
         )
 
@@ -281,10 +263,6 @@ class AnswerReader:
             usd = usd_from_wire(cost if cost is not None else self._headers.get("x-litellm-response-cost"))
             source = "reported" if usd is not None else None
         return usd, source, credits_used, disagree
-
-
-def _is_error_document(document: Mapping[str, Any]) -> bool:
-    return any(name in document for name in ("error", "message", "detail", "statusCode", "title", "errors"))
 
 
 def _reported(
@@ -316,15 +294,9 @@ def _reported(
     return None, None, None, False
 
 
-def _sound(text: str) -> str:
-    """Text that UTF-8 can carry: halves of a surrogate pair joined, lone ones replaced."""
-    if text.isascii():
-        return text
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-    return text
+def _sound_tool(call: dict[str, Any]) -> dict[str, object]:
+    function = {name: sound(value) for name, value in call["function"].items()}
+    return {"id": call["id"] and sound(call["id"]), "type": sound(call["type"]), "function": function}
 
 
 class _Merged:
@@ -354,36 +326,35 @@ class _Merged:
         self.failure = self.failure or failure
 
     def text(self) -> str | None:
-        return None if self.content is None else _sound("".join(self.content))
+        return None if self.content is None else sound("".join(self.content))
 
     def take(self, document: Mapping[str, Any], headers: Mapping[str, str]) -> None:
         """Take one document: a whole answer, or one chunk, also in the wrapper from before February 13, 2026."""
         self.has_any = True
-        state = document.get("state")
-        wrapped = document.get("event")
+        state, wrapped = document.get("state"), document.get("event")
         if isinstance(wrapped, Mapping):
+            self._take_outside(document, headers)
             document = wrapped
         if isinstance(state, Mapping):
             self.usage = merge(self.usage, read_usage(state.get("usage")))
             if isinstance(reason := state.get("finishReason"), str) and reason and self.finish is None:
-                self.finish = reason
-        error = document.get("error")
-        if error:
-            self.fail(failure_of({**document, "error": error}, headers))
-        self._take_counts(document, headers)
+                self.finish = sound(reason)
+        self._take_outside(document, headers)
         if isinstance(name := document.get("model"), str) and name:
-            self.model = self.model or _sound(name)
+            self.model = self.model or sound(name)
         if isinstance(answer_id := document.get("id"), str) and answer_id:
-            self.answer_id = self.answer_id or _sound(answer_id)
+            self.answer_id = self.answer_id or sound(answer_id)
         choices = document.get("choices")
         choice = _first_choice(choices) if isinstance(choices, list) else None
         if choice is not None:
             self.has_choice = True
             self._take_choice(choice, headers)
-        elif document.get("object") == "error" or (
-            "choices" not in document and "usage" not in document and "statusCode" in document
-        ):
+
+    def _take_outside(self, document: Mapping[str, Any], headers: Mapping[str, str]) -> None:
+        """What stands beside the choices: errors, counts, cost."""
+        if document.get("error") or is_error(document):
             self.fail(failure_of(document, headers))
+        self._take_counts(document, headers)
 
     def _take_counts(self, document: Mapping[str, Any], headers: Mapping[str, str]) -> None:
         usage = document.get("usage")
@@ -408,9 +379,9 @@ class _Merged:
             self.fail(failure_of({"error": choice["error"]}, headers))
         reason = choice.get("finish_reason")
         if isinstance(reason, str) and reason:
-            self.finish = reason
+            self.finish = sound(reason)
         delta, message = choice.get("delta"), choice.get("message")
-        if isinstance(delta, Mapping):
+        if isinstance(delta, Mapping) and (delta or not isinstance(message, Mapping)):
             self._take_message(delta)
         elif isinstance(message, Mapping) and not self.has_content:
             # A last chunk may repeat the whole message; it adds nothing to the pieces that came before.
@@ -481,8 +452,8 @@ class _Merged:
 
 
 def _first_choice(choices: Sequence[object]) -> Mapping[str, Any] | None:
-    """The choice with index 0; one without an index counts as such."""
-    for choice in choices:
-        if isinstance(choice, Mapping) and choice.get("index") in (0, None):
-            return choice
-    return None
+    """The choice with index 0, or without one; in a whole answer the only choice, whatever its index."""
+    found = [choice for choice in choices if isinstance(choice, Mapping)]
+    first = next((choice for choice in found if choice.get("index") in (0, None, "0")), None)
+    is_only = len(found) == 1 and "message" in found[0]
+    return found[0] if first is None and is_only else first

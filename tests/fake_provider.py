@@ -11,11 +11,12 @@ log for every request: what was asked, what it answered and what it charged. A p
     finish     its finish reason
     wait       seconds before it comes
     retry_after, message   of the failures
+    bytes      what the first attempt gets, head and all (latin-1), before the connection is closed
     replay     {status, headers, chunks}: bytes sent as they are (latin-1)
     usage      the usage object, null for none
 
 Started as `python fake_provider.py LOG OPTIONS` with OPTIONS as JSON: `p429`, `p500`, `p_hangup` (shares of
-requests), `seed`, `latency`, `retry_after`, `bill` (`meta`, `credits`, `header`, `none`), `refuse_after`, `body`,
+requests), `seed`, `latency`, `retry_after`, `bill` (`meta`, `credits`, `header`, `none`), `refuse_after`, `body`, `bytes`,
 `port`, `replay`, `models`, `deprecations` (lists for the GETs of those names). It prints its port.
 """
 
@@ -127,6 +128,12 @@ class Provider:
                 failure = 500
             elif drawn < p429 + p500 + p_hangup:
                 failure = "hangup"
+        raw = script.get("bytes", options.get("bytes"))
+        if raw is not None and nth == 1:
+            record["status"] = 0
+            writer.write(raw.encode("latin-1"))
+            await writer.drain()
+            return False
         if isinstance(failure, int):
             return await self.fail(failure, record, script, writer)
         document, usd = self.completion(body, text, script)

@@ -190,7 +190,12 @@ def test_secret_headers_are_read_from_the_environment_and_written_nowhere(
 
 def test_a_key_never_crosses_a_network_in_the_clear(work: Workspace) -> None:
     work.write_rows(["a"])
-    work.write_job("http://192.0.2.1/v1")
+    elsewhere = {"name": "aimlapi", "base_url": "http://192.0.2.1/v1"}
+    work.write_job(provider=elsewhere)
+    result = work.run()
+    assert result.code == 2
+    assert "192.0.2.1 is another host: to send it there, write provider: {api_key_env: AIML_API_KEY}" in result.stderr
+    work.write_job(provider=elsewhere | {"api_key_env": "AIML_API_KEY"})
     result = work.run()
     assert result.code == 2
     assert "over plain HTTP: use https" in result.stderr

@@ -8,7 +8,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "batchrun"
 
 FLOORS = [
-    {"errors", "usage", "sse", "columns", "uniqueness"},
+    {"errors", "usage", "sse", "columns", "uniqueness", "documents"},
     {"money", "providers", "jobfile", "lock"},
     {"records", "job"},
     {"failures"},
@@ -17,6 +17,7 @@ FLOORS = [
         "source",
         "template",
         "chat",
+        "catalog",
         "retry",
         "pacing",
         "ledger",
@@ -25,10 +26,10 @@ FLOORS = [
         "progress",
         "summary",
         "local",
-        "catalog",
     },
-    {"runner", "starter"},
-    {"invocation"},
+    {"runner", "starter", "plan"},
+    {"delivery"},
+    {"invocation", "offline"},
     {"cli"},
     {"__main__"},
 ]

@@ -190,7 +190,7 @@ def test_every_answer_finds_a_row_that_asks_for_it_or_is_unplaced(
     ledger = Ledger.open(folder / "l.sqlite", job_name="j", job_path=folder / "j.yaml")
     run = ledger.current_run()
     ledger.begin_invocation(run, job={}, endpoint="e", prices=None)
-    ledger.place(run, [Request(Slot(index, "m"), key, b"") for index, key in enumerate(before)])
+    ledger.place(run, [Request(Slot(index, "m"), key, b"") for index, key in enumerate(before)], {})
     for (index, key), outcome in zip(enumerate(before), outcomes, strict=False):
         if outcome == "none":
             continue
@@ -201,7 +201,7 @@ def test_every_answer_finds_a_row_that_asks_for_it_or_is_unplaced(
             "ok" if outcome == "ok" else "failed", body=key.encode(), failure=failure, cost=Cost(Decimal(1), "reported")
         )
         ledger.commit(run, [Settlement(intent, exchange, now_us(), outcome in ("ok", "failed"))], [])
-    ledger.place(run, [Request(Slot(index, "m"), key, b"") for index, key in enumerate(after)])
+    ledger.place(run, [Request(Slot(index, "m"), key, b"") for index, key in enumerate(after)], {})
     standing = list(ledger.standing(run, 0, len(after)))
     for attempt in standing:
         assert attempt.key == after[attempt.slot.row_index]
@@ -216,6 +216,6 @@ def test_every_answer_finds_a_row_that_asks_for_it_or_is_unplaced(
     assert totals.unplaced == sum((had - asked).values())
     assert totals.usd == totals.unplaced_usd + sum(attempt.usd or 0 for attempt in standing)
     # And back again: the same input, the same places.
-    ledger.place(run, [Request(Slot(index, "m"), key, b"") for index, key in enumerate(before)])
+    ledger.place(run, [Request(Slot(index, "m"), key, b"") for index, key in enumerate(before)], {})
     assert ledger.totals(run).unplaced == 0
     ledger.close()

@@ -68,7 +68,7 @@ def test_conformance(case: dict[str, Any]) -> None:
         "cached": usage.cached_tokens, "cache_write": usage.cache_write_tokens,
         "reasoning_tokens": usage.reasoning_tokens, "out_billable": usage.billable_output,
         "usd": usd_text(found.usd) if found.usd is not None else None,
-        "upstream_cost": usd_text(found.upstream_usd) if found.upstream_usd is not None else None,
+
         "credits": int(found.credits_used) if found.credits_used is not None else None,
         "reasoning": found.reasoning or "", "tool_calls": len(found.tool_calls), "id": found.answer_id,
         "model": found.model,

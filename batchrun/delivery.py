@@ -1,0 +1,87 @@
+"""Ledger and input → the output file and the summary, with the sums checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+
+from batchrun.answers import Results
+from batchrun.errors import BrokenPromiseError, ExitCode
+from batchrun.ledger import Ledger, Run
+from batchrun.money import usd_text
+from batchrun.plan import Plan
+from batchrun.sink import write_parquet
+from batchrun.summary import Summary, exact_json
+
+
+def summarise(plan: Plan, ledger: Ledger, run: Run, rows: int) -> Summary:
+    """What the ledger says of a run; how it ended is for the caller to fill in."""
+    return Summary(
+        job=plan.job.name,
+        run_id=run.run_id,
+        model=plan.job.model,
+        rows=rows,
+        totals=ledger.totals(run),
+        exit_code=ExitCode.OK,
+        reason=None,
+        output=None,
+        ledger=str(ledger.path),
+        seconds=0.0,
+        sent=0,
+    )
+
+
+def write_output(plan: Plan, ledger: Ledger, run: Run, output: Path, summary: Summary) -> None:
+    """Write the Parquet of a run.
+
+    Raises:
+        StorageError: it cannot be written.
+        BrokenPromiseError: its rows do not add up to the ledger.
+    """
+    results = Results(
+        plan.result_schema,
+        run_id=run.run_id,
+        models=[plan.model],
+        requested={plan.model: plan.job.model},
+        prefix=plan.job.output.prefix,
+    )
+    placed = ledger.placed_input(run)
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        for batch in plan.source.batches():
+            stop = batch.start + batch.rows.num_rows
+            columns = results.batch(
+                batch.start,
+                batch.rows.num_rows,
+                ledger.standing(run, batch.start, stop),
+                ledger.row_faults(run, batch.start, stop),
+            )
+            yield pa.RecordBatch.from_arrays([*batch.rows.columns, *columns.columns], schema=plan.schema)
+
+    def manifest() -> str:
+        # An input that changes while it is read again is the user's doing, and no broken promise.
+        if placed is not None and plan.source.fingerprint() == placed["files"]:
+            _check_sums(summary, results)
+        return exact_json(summary.manifest())
+
+    write_parquet(output, plan.schema, batches(), manifest)
+
+
+def _check_sums(summary: Summary, results: Results) -> None:
+    """Promises 1 and 5, on every output that is written."""
+    counts, totals = results.counts, summary.totals
+    wrote = (counts.rows, counts.ok, counts.failed, counts.pending)
+    should = (summary.rows, totals.ok, totals.failed, summary.pending)
+    if wrote != should:
+        raise BrokenPromiseError(
+            f"promise 1 (every slot ends in one state): the output has {wrote} rows (all, ok, failed, pending), the "
+            f"ledger {should}; keep {summary.ledger} for a bug report"
+        )
+    if counts.usd + totals.unplaced_usd != totals.usd:
+        raise BrokenPromiseError(
+            f"promise 5 (money is exact): the rows add up to ${usd_text(counts.usd)}, those without a row to "
+            f"${usd_text(totals.unplaced_usd)}, the ledger to ${usd_text(totals.usd)}; keep {summary.ledger} for a "
+            "bug report"
+        )

@@ -1,0 +1,67 @@
+"""JSON and text from the wire, made safe: exact numbers, no exception but ValueError, text that UTF-8 can carry."""
+
+from __future__ import annotations
+
+import json
+from decimal import Decimal, InvalidOperation
+from typing import Any
+
+
+def parse_json(raw: bytes | str) -> Any:
+    """JSON with exact decimals; NaN, infinities and numbers beyond all bounds are null.
+
+    Raises:
+        ValueError: it is no JSON.
+
+    >>> parse_json(b'\\xef\\xbb\\xbf {"a": 0.10, "b": 1e99999999999999999999}')
+    {'a': Decimal('0.10'), 'b': None}
+    """
+    text = raw.decode("utf-8", errors="replace") if isinstance(raw, bytes) else raw
+    try:
+        return json.loads(text.lstrip("\ufeff \t\r\n\x00"), parse_float=_decimal, parse_constant=_nothing)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def sound(text: str) -> str:
+    """Text that UTF-8 can carry: halves of a surrogate pair joined, lone ones replaced.
+
+    >>> sound("\\ud83d\\ude00 \\ud800")
+    '😀 \ufffd'
+    """
+    if text.isascii():
+        return text
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text
+
+
+def unwrapped(document: Any) -> Any:
+    """The first object of an array of objects: Gemini's compatible endpoint wraps its errors so."""
+    if isinstance(document, list):
+        return next((item for item in document if isinstance(item, dict)), document)
+    return document
+
+
+def is_error(document: Any) -> bool:
+    """True for an object that says that something went wrong and holds nothing of an answer."""
+    if not isinstance(document, dict) or any(document.get(name) for name in ("choices", "usage", "meta", "x_groq")):
+        return False
+    if document.get("error") or document.get("errors") or document.get("object") == "error":
+        return True
+    return any(
+        isinstance(document.get(name), (str, list)) and document[name] for name in ("message", "detail", "title")
+    )
+
+
+def _decimal(text: str) -> Decimal | None:
+    try:
+        return Decimal(text)
+    except InvalidOperation:
+        return None
+
+
+def _nothing(name: str) -> None:
+    return None

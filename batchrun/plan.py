@@ -1,0 +1,147 @@
+"""A job with everything that turns its rows into requests; nothing is sent and nothing is written here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from datetime import UTC, datetime
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from batchrun import local
+from batchrun.answers import result_schema
+from batchrun.errors import JobError
+from batchrun.job import Job
+from batchrun.ledger import Ledger, Run
+from batchrun.providers import Endpoint, resolve
+from batchrun.records import Request, RowFault, Slot
+from batchrun.sink import check_schema
+from batchrun.source import Source
+from batchrun.template import NotRenderedError, Template
+from batchrun.uniqueness import UniqueValues
+
+
+class Plan:
+    """What a job asks for, and where its answers will stand.
+
+    Attributes:
+        model: what requests call the model; for a GGUF file its name, not its path.
+        weights: of the embedded server, if the job uses it and it is to be started.
+
+    Raises:
+        JobError: whatever keeps the job from being run.
+    """
+
+    def __init__(self, job: Job, endpoint: Endpoint, model: str, weights: local.Weights | None = None) -> None:
+        self.job = job
+        self.endpoint = endpoint
+        self.model = model
+        self.weights = weights
+        self.source = Source(job)
+        self.template = Template(job, self.source.columns, endpoint, model)
+        self.result_schema = result_schema(streamed=job.stream, prefix=job.output.prefix)
+        self._refuse_collisions()
+        self.schema = pa.schema([*self.source.schema, *self.result_schema])
+        check_schema(self.schema)
+
+    @classmethod
+    def to_run(cls, job: Job, environ: Mapping[str, str]) -> Plan:
+        """The plan of a job whose requests will be sent: its key and its model must be there."""
+        endpoint = resolve(**job.provider.model_dump(), environ=environ)
+        if endpoint.name != "local":
+            return cls(job, endpoint, job.model)
+        weights = local.find_weights(job.model, job.resolve(job.model))
+        return cls(job, replace(endpoint, identity=weights.identity), weights.name, weights)
+
+    @classmethod
+    def to_read(cls, job: Job, identity: str) -> Plan:
+        """The plan of a job that sends nothing. `identity`: of the endpoint that its answers come from."""
+        endpoint = replace(resolve(**job.provider.model_dump(), environ=None), identity=identity)
+        is_file = endpoint.name == "local" and job.model != local.DEFAULT_MODEL
+        return cls(job, endpoint, Path(job.model).stem if is_file else job.model)
+
+    def again(self) -> Plan:
+        """The same job over its input as it is now."""
+        return Plan(self.job, self.endpoint, self.model, self.weights)
+
+    def output_path(self, run: Run) -> Path:
+        """Where a run's Parquet goes; `{date}` is the day on which the run began."""
+        started = datetime.fromtimestamp(run.started_at / 1e6, UTC)
+        path = self.job.resolve(self.job.output.path.format(run_id=run.run_id, date=started.strftime("%Y-%m-%d")))
+        if path.resolve() in self.source.paths:
+            raise JobError(f"output: {path} is the input too: it would be overwritten; name another file")
+        return path
+
+    def requests(self) -> Iterator[Request | RowFault]:
+        """Every slot of the input, in order.
+
+        Raises:
+            JobError: the column `input.id` holds a value twice.
+        """
+        name = self.job.input.id
+        unique = UniqueValues() if name is not None else None
+        columns = self.template.columns if name is None else [*self.template.columns, name]
+        for batch in self.source.batches(columns):
+            for row_index, row in enumerate(batch.rows.to_pylist(), batch.start):
+                if unique is not None and name is not None:
+                    earlier = unique.add(row_index, row[name])
+                    if earlier is not None:
+                        raise JobError(
+                            f"input.id: the value {row[name]!r} of the column {name!r} stands twice: in the rows "
+                            f"{earlier + 1} and {row_index + 1} of {self.source.file_names}"
+                        )
+                yield self._request(row_index, row)
+
+    def pending(self, ledger: Ledger, run: Run, *, retry_failed: bool) -> Iterator[Request]:
+        """The slots that the ledger lacks an answer to, in order."""
+        for batch in self.source.batches(self.template.columns):
+            stop = batch.start + batch.rows.num_rows
+            states = ledger.states(run, batch.start, stop)
+            wanted = {}
+            for row_index in range(batch.start, stop):
+                state = states.get(Slot(row_index, self.model))
+                if state is None or not (state.is_answered or (state.is_failed and not (retry_failed and state.tries))):
+                    wanted[row_index] = state.tries if state else 0
+            if not wanted:
+                continue
+            for row_index, row in enumerate(batch.rows.to_pylist(), batch.start):
+                if row_index in wanted:
+                    request = self._request(row_index, row)
+                    if isinstance(request, Request):
+                        yield replace(request, tries=wanted[row_index])
+
+    def _request(self, row_index: int, row: Mapping[str, Any]) -> Request | RowFault:
+        try:
+            return self.template.request(row_index, row)
+        except NotRenderedError as exc:
+            return RowFault(Slot(row_index, self.model), str(exc))
+
+    def _refuse_collisions(self) -> None:
+        doubled = [name for name in self.result_schema.names if name in self.source.schema.names]
+        if not doubled:
+            return
+        mend = "set output: {path: …, prefix: answer_}"
+        if self.source.is_own_output:
+            mend += f", or drop them by input: {{columns: {{{doubled[0]}: null, …}}}}"
+        raise JobError(f"the input has columns named like results ({', '.join(doubled)}): {mend}")
+
+
+def place(plan: Plan, ledger: Ledger, run: Run) -> int:
+    """Make the ledger's answers stand in the rows that ask for them now; return the number of rows.
+
+    The input is read once from end to end, unless nothing that matters has changed since the last time.
+
+    Raises:
+        JobError: the input is not as it should be.
+    """
+    shape = [plan.job.request_shape(), plan.endpoint.identity, plan.endpoint.system, plan.model]
+    found = {"files": plan.source.fingerprint(), "shape": blake2b(repr(shape).encode(), digest_size=16).hexdigest()}
+    placed = ledger.placed_input(run)
+    # A run that has sent nothing is read anew: there is nothing to save, and the warnings must be seen again.
+    if placed is not None and not run.is_new and {name: placed[name] for name in found} == found:
+        ledger.keep_input(run)
+        return int(placed["rows"])
+    return ledger.place(run, plan.requests(), found)

@@ -1,0 +1,141 @@
+"""Pacing, retries and the health of a provider, on a clock of their own."""
+
+from __future__ import annotations
+
+import asyncio
+
+from batchrun.errors import ExitCode
+from batchrun.pacing import Pacing
+from batchrun.records import Action, Answer, Exchange, Failure
+from batchrun.retry import Retries
+from batchrun.runner import _Health
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def saturate(pacing: Pacing) -> None:
+    async def fill() -> None:
+        while pacing.in_flight < pacing.allowed:
+            await pacing.enter()
+
+    asyncio.run(fill())
+
+
+def answers(pacing: Pacing, clock: Clock, number: int, *, ok: bool) -> None:
+    for _ in range(number):
+        pacing.note(sent_at=clock.now, is_ok=ok, is_rate_limit=not ok, retry_after=0.5)
+
+
+def test_a_few_rate_limits_cut_nothing() -> None:
+    clock = Clock()
+    pacing = Pacing(32, clock)
+    for _ in range(20):
+        answers(pacing, clock, 9, ok=True)
+        answers(pacing, clock, 1, ok=False)
+    assert pacing.allowed == 32
+
+
+def test_a_limit_cuts_once_per_episode_and_grows_back_while_used_up() -> None:
+    clock = Clock()
+    pacing = Pacing(32, clock)
+    saturate(pacing)
+    answers(pacing, clock, 60, ok=False)
+    assert pacing.allowed == 25
+    clock.now += 1
+    answers(pacing, clock, 60, ok=False)
+    assert pacing.allowed == 20
+    clock.now += 1
+    while pacing.in_flight > pacing.allowed:
+        pacing.leave()
+    for _ in range(1000):
+        saturate(pacing)
+        answers(pacing, clock, 1, ok=True)
+    assert pacing.allowed == 32
+
+
+def test_an_idle_bound_does_not_grow_and_a_5xx_pauses_growth() -> None:
+    clock = Clock()
+    pacing = Pacing(10, clock)
+    answers(pacing, clock, 60, ok=False)
+    cut = pacing.allowed
+    assert cut < 10
+    answers(pacing, clock, 500, ok=True)
+    assert pacing.allowed == cut
+    clock.now += 1
+    saturate(pacing)
+    pacing.note(sent_at=clock.now, is_ok=False, is_rate_limit=False, is_server_error=True)
+    answers(pacing, clock, 500, ok=True)
+    assert pacing.allowed == cut
+    clock.now += 2
+    for _ in range(500):
+        saturate(pacing)
+        answers(pacing, clock, 1, ok=True)
+    assert pacing.allowed == 10
+
+
+def failed(kind: str, action: Action, retry_after: float | None = None, message: str = "x") -> Exchange:
+    return Exchange("failed", failure=Failure(kind, action, message, retry_after=retry_after))
+
+
+OK = Exchange("ok", answer=Answer("x", "stop"))
+
+
+def test_retries_are_bounded_in_attempts_and_time_and_heed_the_provider() -> None:
+    clock = Clock()
+    retries = Retries(3, 100, clock)
+    state = retries.begin(clock.now)
+    assert retries.wait(state, failed("server", Action.RETRY)) is not None
+    assert retries.wait(state, failed("server", Action.RETRY)) is not None
+    assert retries.wait(state, failed("server", Action.RETRY)) is None
+    state = retries.begin(clock.now)
+    for _ in range(20):
+        wait = retries.wait(state, failed("rate_limit", Action.PACE, retry_after=2.0))
+        assert wait is not None
+        assert 2.0 <= wait <= 2.1
+    clock.now += 99
+    assert retries.wait(state, failed("rate_limit", Action.PACE, retry_after=2.0)) is None
+    assert retries.wait(retries.begin(clock.now), failed("rate_limit", Action.PACE, retry_after=101.0)) is None
+
+
+def test_an_outage_is_told_from_rows_that_fail_each_for_itself() -> None:
+    health = _Health(6, 900, 0.0)
+    for moment in range(0, 890, 10):
+        assert health.note(failed("server", Action.RETRY), moment, 1) is None
+    assert health.note(OK, 891, 1) is None
+    assert health.note(failed("server", Action.RETRY), 1790, 1) is None
+    stop = health.note(failed("server", Action.RETRY), 1792, 1)
+    assert stop is not None
+    assert (stop.exit_code, stop.reason) == (ExitCode.PROVIDER, "outage")
+
+
+def test_a_server_that_was_never_reached_stops_the_run_early() -> None:
+    health = _Health(6, 900, 0.0)
+    stops = [health.note(failed("connect", Action.RETRY), 1, 1) for _ in range(20)]
+    assert stops[:19] == [None] * 19
+    assert stops[19] is not None
+    assert stops[19].reason == "unreachable"
+    one_row = _Health(3, 900, 0.0)
+    assert [one_row.note(failed("connect", Action.RETRY), 1, tries) is None for tries in (1, 2, 3)] == [
+        True, True, False,
+    ]  # fmt: skip
+
+
+def test_the_first_rows_refused_in_the_same_words_stop_the_run() -> None:
+    def stopped(messages: list[str]) -> bool:
+        health = _Health(6, 900, 0.0)
+        stop = None
+        for number, message in enumerate(messages):
+            exchange = failed("not_found", Action.REJECT, message=message)
+            assert exchange.failure is not None
+            health.note(exchange, number, 1)
+            stop = stop or health.note_rejected(exchange.failure)
+        return stop is not None
+
+    assert stopped([f"no model (request {number})" for number in range(20)])
+    assert not stopped([f"row {'abcdefghijklmnopqrst'[number]} is bad" for number in range(20)])
