@@ -28,6 +28,7 @@ from batchrun.wire import AnswerReader
 _CONNECT_SECONDS = 10.0
 _KEEPALIVE_SECONDS = 15.0
 _ENCODINGS = ("gzip", "deflate", "identity", "")
+_HEADER_BYTES = 64 * 1024
 _MOST_ERROR_BYTES = 1024 * 1024
 # Estimate ÷ reported beyond these: AI/ML API's answers of 2025 held credits in the token fields, for one.
 _LEAST_RATIO, _MOST_RATIO = Decimal("0.2"), Decimal(5)
@@ -270,6 +271,8 @@ def _transport(base_url: str, concurrency: int) -> AiohttpTransport:
             connector=aiohttp.TCPConnector(limit=concurrency, keepalive_timeout=_KEEPALIVE_SECONDS, ssl=context),
             cookie_jar=aiohttp.DummyCookieJar(),
             timeout=aiohttp.ClientTimeout(total=None),
+            max_line_size=_HEADER_BYTES,
+            max_field_size=_HEADER_BYTES,
             trust_env=False,  # it would send what a .netrc holds, and ask a proxy for this very machine
         )
 

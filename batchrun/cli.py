@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from contextlib import suppress
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +139,8 @@ def init(data: Path, output: Path | None) -> None:
     """Write a commented job file for a data file (.csv, .tsv, .parquet, .jsonl)."""
     from batchrun.starter import write_starter
 
-    click.echo(str(write_starter(data, output or data.with_name(f"{data.name.split('.')[0]}.yaml"))))
+    default = data.parent / f"{data.name.split('.')[0] or 'job'}.yaml"
+    click.echo(str(write_starter(data, output or default)))
 
 
 @cli.command()
@@ -153,6 +156,9 @@ def schema() -> None:
 def main() -> None:
     """Entry point: runs a command and turns errors into messages and exit codes."""
     signal.signal(signal.SIGTERM, _terminated)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = cli.main(standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as exc:
@@ -170,7 +176,10 @@ def main() -> None:
     except BrokenPipeError:
         # Whoever read our stdout has gone; there is nobody to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(ExitCode.ROWS_FAILED)
+        sys.exit(ExitCode.STORAGE)
+    except OSError as exc:
+        _say(f"stdout cannot be written: {exc.strerror or exc}")
+        sys.exit(ExitCode.STORAGE)
     except Exception:  # noqa: BLE001 - whatever is left is a bug, and must not look like failed rows
         import traceback
 
@@ -186,7 +195,9 @@ def _terminated(number: int, frame: Any) -> None:
 
 
 def _say(line: str) -> None:
-    click.echo(f"batchrun: {line}", err=True)
+    # Talk that nobody can hear decides nothing.
+    with suppress(OSError):
+        click.echo(f"batchrun: {line}", err=True)
 
 
 def _silent(line: str) -> None:

@@ -15,6 +15,8 @@ from batchrun.plan import Plan
 from batchrun.sink import write_parquet
 from batchrun.summary import Summary, exact_json
 
+_PIECE_BYTES = 32 * 1024 * 1024
+
 
 def summarise(plan: Plan, ledger: Ledger, run: Run, rows: int) -> Summary:
     """What the ledger says of a run; how it ended is for the caller to fill in."""
@@ -51,14 +53,12 @@ def write_output(plan: Plan, ledger: Ledger, run: Run, output: Path, summary: Su
 
     def batches() -> Iterator[pa.RecordBatch]:
         for batch in plan.source.batches():
-            stop = batch.start + batch.rows.num_rows
-            columns = results.batch(
-                batch.start,
-                batch.rows.num_rows,
-                ledger.standing(run, batch.start, stop),
-                ledger.row_faults(run, batch.start, stop),
-            )
-            yield pa.RecordBatch.from_arrays([*batch.rows.columns, *columns.columns], schema=plan.schema)
+            for start, stop in _pieces(ledger, run, batch.start, batch.start + batch.rows.num_rows):
+                columns = results.batch(
+                    start, stop - start, ledger.standing(run, start, stop), ledger.row_faults(run, start, stop)
+                )
+                rows = batch.rows.slice(start - batch.start, stop - start)
+                yield pa.RecordBatch.from_arrays([*rows.columns, *columns.columns], schema=plan.schema)
 
     def manifest() -> str:
         # An input that changes while it is read again is the user's doing, and no broken promise.
@@ -67,6 +67,16 @@ def write_output(plan: Plan, ledger: Ledger, run: Run, output: Path, summary: Su
         return exact_json(summary.manifest())
 
     write_parquet(output, plan.schema, batches(), manifest)
+
+
+def _pieces(ledger: Ledger, run: Run, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """Ranges of rows whose answers fit into memory together, halved until they do."""
+    if stop - start > 1 and ledger.answer_bytes(run, start, stop) > _PIECE_BYTES:
+        middle = (start + stop) // 2
+        yield from _pieces(ledger, run, start, middle)
+        yield from _pieces(ledger, run, middle, stop)
+    else:
+        yield start, stop
 
 
 def _check_sums(summary: Summary, results: Results) -> None:

@@ -18,6 +18,7 @@ from batchrun.documents import parse_json, sound, unwrapped
 from batchrun.records import Action, Failure
 
 _MESSAGE_LENGTH = 500
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 _NO_CREDIT = re.compile(
     r"\bout of credits?\b|\bexhausted the available\b|\binsufficient[ _](balance|funds|credits?)\b"
@@ -255,7 +256,8 @@ def _words(document: object) -> _Words:
 
 
 def _text(value: object) -> str:
-    return sound(" ".join(value.split())) if isinstance(value, str) else ""
+    """Words on one line, without what a terminal would take for orders."""
+    return sound(_CONTROL.sub("", " ".join(value.split()))) if isinstance(value, str) else ""
 
 
 def _detail(value: object) -> str:
@@ -300,7 +302,7 @@ def _plain(text: str) -> str:
     if text.startswith("<"):
         text = re.sub(r"<(script|style)\b.*?</\1>", " ", text[:20_000], flags=re.DOTALL | re.IGNORECASE)
         text = re.sub(r"<[^>]*>", " ", text)
-    return " ".join(text.split())[:_MESSAGE_LENGTH]
+    return _text(text)[:_MESSAGE_LENGTH]
 
 
 def _http_status(value: object) -> int | None:

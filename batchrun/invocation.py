@@ -23,6 +23,7 @@ from batchrun.runner import Runner, Stop
 from batchrun.sink import check_writable
 from batchrun.summary import Summary
 
+_OTHER_FILES = 64
 Say = Callable[[str], None]
 
 
@@ -54,6 +55,7 @@ def run(job: Job, options: Options, environ: Mapping[str, str], *, say: Say, str
     """
     began = time.monotonic()
     plan = Plan.to_run(job, environ)
+    _allow_connections(job.concurrency)
     opened = Ledger.open(job.ledger_path, job_name=job.name, job_path=job.path, adopt=options.adopt_ledger)
     with closing(opened) as ledger:
         current = _choose_run(ledger, options)
@@ -69,6 +71,24 @@ def run(job: Job, options: Options, environ: Mapping[str, str], *, say: Say, str
             summary = _finish(plan, ledger, current, rows, ended, say)
         summary = replace(summary, seconds=time.monotonic() - began)
     return _with_advice(plan, summary)
+
+
+def _allow_connections(concurrency: int) -> None:
+    """Each request in flight is an open file; the system's soft limit is often lower than its hard one."""
+    try:
+        import resource
+    except ImportError:  # a system without such limits
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = concurrency + _OTHER_FILES
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return
+    if hard != resource.RLIM_INFINITY and hard < wanted:
+        raise JobError(
+            f"concurrency {concurrency} needs {wanted} open files, and this system allows {hard}: "
+            f"set concurrency to {max(1, hard - _OTHER_FILES)}, or raise ulimit -n"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _choose_run(ledger: Ledger, options: Options) -> Run:

@@ -199,11 +199,12 @@ class OutputSetting(_Setting):
         if not value.endswith(".parquet"):
             raise ValueError(f"{value!r} does not end in .parquet")
         try:
-            names = [name for _, name, *_ in string.Formatter().parse(value) if name is not None]
+            fields = [field for field in string.Formatter().parse(value) if field[1] is not None]
         except ValueError as exc:
             raise ValueError(f"{value!r} has a single brace: {exc}") from None
-        if unknown := sorted(set(names) - {"run_id", "date"}):
-            raise ValueError(f"{{{unknown[0]}}} is no placeholder: there are {{run_id}} and {{date}}")
+        for _, name, form, conversion in fields:
+            if name not in ("run_id", "date") or form or conversion:
+                raise ValueError(f"{{{name}…}} is no placeholder: there are {{run_id}} and {{date}}")
         return value
 
 
@@ -301,7 +302,11 @@ class Job(_Setting):
 
     def resolve(self, path: str) -> Path:
         """A path of the job file as it stands there: relative ones start at the job file's folder."""
-        return Path(os.path.normpath(self._path.parent / Path(path).expanduser()))
+        try:
+            expanded = Path(path).expanduser()
+        except RuntimeError:
+            raise JobError(f"{path}: there is no such user") from None
+        return Path(os.path.normpath(self._path.parent / expanded))
 
     @property
     def ledger_path(self) -> Path:
@@ -335,6 +340,8 @@ class Job(_Setting):
 
 
 def _refuse_remote(path: str) -> str:
+    if "\0" in path:
+        raise ValueError("holds a NUL character")
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", path):
         raise ValueError(f"{path!r} is not on this machine: remote paths are {_NOT_YET}")
     return path
@@ -358,11 +365,12 @@ def load_job(path: Path) -> Job:
         JobError: every fault of the file at once, each with its line.
     """
     try:
+        str(path).encode()
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise JobError(f"{path}: there is no such job file") from None
-    except (OSError, UnicodeDecodeError) as exc:
-        raise JobError(f"{path}: cannot be read: {exc}") from exc
+    except (OSError, UnicodeError) as exc:
+        raise JobError(f"{str(path)!r}: cannot be read: {exc}") from exc
     try:
         document = Document(text)
     except JobError as exc:
@@ -379,7 +387,8 @@ def load_job(path: Path) -> Job:
         raise JobError(
             "\n".join([f"{path}: the job is wrong:", *(f"  {fault}" for fault in sorted(faults, key=_line_of))])
         )
-    absolute = path.absolute()
+    # The folder itself, not a link to it: `..` must lead to the same ledger from everywhere.
+    absolute = path.parent.resolve() / path.name
     if not job.name:
         job = job.model_copy(update={"name": absolute.stem})
     job._path = absolute
@@ -398,7 +407,7 @@ _MODELS: dict[tuple[str, ...], type[BaseModel]] = {
 
 
 def _fault(document: Document, error: Any) -> str:
-    path = tuple(part for part in error["loc"] if not (isinstance(part, str) and part.endswith("Setting")))
+    path = error["loc"]
     line = document.line(path)
     where = f"line {line}: " if line is not None and path else ""
     name = ".".join(str(part) for part in path) or "the job"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 from typing import Any
 
 from ruamel.yaml import YAML
@@ -50,6 +50,8 @@ class Document:
             root = YAML(typ="safe", pure=True).compose(text)
         except YAMLError as exc:
             raise JobError(f"no valid YAML: {_reason(exc)}") from exc
+        except ValueError as exc:
+            raise JobError(f"no valid YAML: {exc}") from exc
         except RecursionError:
             raise JobError("no valid YAML: nested too deeply") from None
         self.value: Any = self._build(root, ()) if root is not None else None
@@ -105,7 +107,10 @@ class Document:
         if _INTEGER.fullmatch(text) and len(text) < 100:
             return int(text)
         if _DECIMAL.fullmatch(text) and not _NOT_A_NUMBER.fullmatch(text) and len(text) < 100:
-            return Decimal(text)
+            try:
+                return Decimal(text)
+            except InvalidOperation:
+                return text  # an exponent beyond all numbers
         return text
 
 

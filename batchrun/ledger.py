@@ -26,84 +26,9 @@ import zstandard
 
 from batchrun import __version__
 from batchrun.errors import JobError, StorageError
+from batchrun.migrations import migrate
 from batchrun.money import from_pico, to_pico
 from batchrun.records import Intent, Request, RowFault, Settlement, Slot, StandingAttempt, Totals
-
-_MIGRATIONS: tuple[str, ...] = (
-    """
-    CREATE TABLE owner (job_name TEXT NOT NULL, job_path TEXT NOT NULL) STRICT;
-    CREATE TABLE run (
-        run INTEGER PRIMARY KEY,
-        run_id TEXT NOT NULL UNIQUE,
-        started_at INTEGER NOT NULL,              -- times are microseconds since 1970, UTC
-        ended_at INTEGER,
-        state TEXT NOT NULL CHECK (state IN ('open', 'finished', 'abandoned')),
-        input TEXT                                -- the input that the groups are placed by, as JSON
-    ) STRICT;
-    CREATE TABLE invocation (
-        invocation INTEGER PRIMARY KEY,
-        run INTEGER NOT NULL REFERENCES run,
-        started_at INTEGER NOT NULL,
-        ended_at INTEGER,
-        exit_code INTEGER,
-        reason TEXT,
-        version TEXT NOT NULL,
-        pid INTEGER NOT NULL,
-        host TEXT NOT NULL,
-        job TEXT NOT NULL,                        -- the job file as JSON; it holds no secrets
-        endpoint TEXT NOT NULL,                   -- what stands for the address in the keys
-        prices TEXT,                              -- the prices used, as JSON
-        input TEXT                                -- the input as this invocation found it, as JSON
-    ) STRICT;
-    CREATE TABLE attempt (
-        attempt_id INTEGER PRIMARY KEY,
-        run INTEGER NOT NULL REFERENCES run,
-        invocation INTEGER NOT NULL REFERENCES invocation,
-        row_index INTEGER NOT NULL,
-        model TEXT NOT NULL,
-        sample INTEGER NOT NULL,
-        key TEXT NOT NULL,
-        number INTEGER NOT NULL,
-        client_request_id TEXT NOT NULL,
-        sent_at INTEGER NOT NULL,
-        settled_at INTEGER,
-        outcome TEXT CHECK (outcome IN ('ok', 'failed', 'unknown')),   -- null: in flight
-        final INTEGER NOT NULL DEFAULT 0,         -- 1: this attempt decides its slot
-        status INTEGER,
-        error_kind TEXT,
-        error TEXT,
-        prompt_tokens INTEGER,
-        completion_tokens INTEGER,
-        total_tokens INTEGER,
-        cached_tokens INTEGER,
-        cache_write_tokens INTEGER,
-        reasoning_tokens INTEGER,
-        usd_pico INTEGER,                         -- 1e-12 USD; null: unknown
-        cost_source TEXT,
-        request_id TEXT,
-        latency_us INTEGER,
-        first_token_us INTEGER,
-        streamed INTEGER,
-        flags TEXT
-    ) STRICT;
-    CREATE INDEX attempt_slot ON attempt (run, row_index);
-    CREATE INDEX attempt_open ON attempt (attempt_id) WHERE outcome IS NULL;
-    CREATE TABLE answer (attempt_id INTEGER PRIMARY KEY REFERENCES attempt, body BLOB NOT NULL) STRICT;  -- zstd
-    CREATE TABLE moved (
-        run INTEGER NOT NULL REFERENCES run,
-        row_index INTEGER NOT NULL, model TEXT NOT NULL, sample INTEGER NOT NULL, key TEXT NOT NULL,
-        to_row INTEGER,                           -- null: no row asks for this key any more
-        PRIMARY KEY (run, row_index, model, sample, key)
-    ) STRICT, WITHOUT ROWID;
-    CREATE INDEX moved_to ON moved (run, to_row);
-    CREATE TABLE row_fault (
-        run INTEGER NOT NULL REFERENCES run,
-        row_index INTEGER NOT NULL, model TEXT NOT NULL, sample INTEGER NOT NULL,
-        error TEXT NOT NULL,
-        PRIMARY KEY (run, row_index, model, sample)
-    ) STRICT, WITHOUT ROWID;
-    """,
-)
 
 
 class Run(NamedTuple):
@@ -150,6 +75,8 @@ class Ledger:
     def __init__(self, connection: sqlite3.Connection, path: Path) -> None:
         self._db = connection
         self.path = path
+        status = path.stat()
+        self._file = (status.st_dev, status.st_ino)
         self._next_attempt = 1 + (self._value("SELECT max(attempt_id) FROM attempt") or 0)
         self._compressor = zstandard.ZstdCompressor(level=3)
         self._invocation = 0
@@ -175,7 +102,7 @@ class Ledger:
                 db.execute("PRAGMA synchronous=NORMAL")
                 db.execute("PRAGMA busy_timeout=10000")
                 db.execute("PRAGMA cache_size=-16000")
-                _migrate(db, path)
+                migrate(db, path)
                 ledger = cls(db, path)
                 ledger._own(job_name, job_path, adopt)
                 ledger._settle_orphans()
@@ -210,16 +137,18 @@ class Ledger:
             return Run(cursor.lastrowid, run_id, started, "open", is_new=True)
 
     def last_run(self) -> Run | None:
-        """The newest run, open or not; None if there never was one."""
+        """The newest run that has got as far as its input, open or not; None if there never was one."""
         with _storage(self.path):
             row = self._db.execute(
-                "SELECT run, run_id, started_at, state FROM run ORDER BY run DESC LIMIT 1"
+                "SELECT run, run_id, started_at, state FROM run WHERE input IS NOT NULL ORDER BY run DESC LIMIT 1"
             ).fetchone()
         return Run(row[0], row[1], row[2], row[3], is_new=False) if row else None
 
     def reopen(self, run: Run) -> None:
         """Make a finished run the open one, so that its failed rows can be asked again."""
         with self._transaction():
+            # A newer one that is open has sent nothing: it never got as far as its input.
+            self._db.execute("UPDATE run SET state = 'abandoned' WHERE state = 'open'")
             self._db.execute("UPDATE run SET state = 'open', ended_at = NULL WHERE run = ?", (run.run,))
 
     def begin_invocation(self, run: Run, *, job: dict[str, Any], endpoint: str, prices: dict[str, Any] | None) -> None:
@@ -321,7 +250,7 @@ class Ledger:
             row = self._db.execute(
                 """
                 WITH earlier AS (
-                    SELECT key, sample, max(run) AS run, avg(usd_pico) AS usd_pico, count(*) AS n
+                    SELECT key, sample, max(run) AS run, avg(usd_pico) AS usd_pico
                     FROM attempt WHERE outcome = 'ok' AND run <> :run GROUP BY key, sample
                 )
                 SELECT count(*), max(earlier.run), sum(usd_pico), count(usd_pico)
@@ -367,9 +296,13 @@ class Ledger:
             if settlements:
                 self._db.executemany(_SETTLE, [_settled(settlement) for settlement in settlements])
                 self._db.executemany(
-                    "INSERT INTO answer VALUES (?, ?)",
+                    "INSERT INTO answer VALUES (?, ?, ?)",
                     [
-                        (settlement.intent.attempt_id, self._compressor.compress(settlement.exchange.body))
+                        (
+                            settlement.intent.attempt_id,
+                            len(settlement.exchange.body),
+                            self._compressor.compress(settlement.exchange.body),
+                        )
                         for settlement in settlements
                         if settlement.exchange.body
                     ],
@@ -391,6 +324,7 @@ class Ledger:
     def sync(self) -> None:
         """Bring the write-ahead log to the disk: what was committed before survives a power cut."""
         self.is_dirty = False
+        self._refuse_replaced()
         wal = self.path.with_name(f"{self.path.name}-wal")
         with _storage(self.path):
             try:
@@ -401,6 +335,15 @@ class Ledger:
                 os.fsync(fd)
             finally:
                 os.close(fd)
+
+    def _refuse_replaced(self) -> None:
+        """What is written to a file that has been deleted or replaced is lost with this process."""
+        try:
+            status = self.path.stat()
+        except OSError as exc:
+            raise StorageError(f"the ledger {self.path} has gone while the run went on: {exc.strerror}") from exc
+        if (status.st_dev, status.st_ino) != self._file:
+            raise StorageError(f"the ledger {self.path} has been replaced while the run went on")
 
     # --- reading --------------------------------------------------------------------------------------------
 
@@ -442,6 +385,16 @@ class Ledger:
                     body=decompress(body) if body is not None else None,
                 )
 
+    def answer_bytes(self, run: Run, start: int, stop: int) -> int:
+        """Size of the answers in rows `start` ≤ index < `stop`."""
+        with _storage(self.path):
+            size: int = self._db.execute(
+                f"SELECT coalesce(sum(size), 0) FROM ({self._standing(run)}) AS standing "
+                "JOIN answer USING (attempt_id) WHERE outcome = 'ok'",
+                {"run": run.run, "start": start, "stop": stop},
+            ).fetchone()[0]
+        return size
+
     def row_faults(self, run: Run, start: int, stop: int) -> dict[Slot, str]:
         """Rows that give no request, with the reason."""
         with _storage(self.path):
@@ -454,7 +407,9 @@ class Ledger:
 
     def spent(self, run: Run) -> Decimal:
         """Dollars of a run so far."""
-        return from_pico(self._value("SELECT coalesce(sum(usd_pico), 0) FROM attempt WHERE run = ?", run.run))
+        with _storage(self.path):
+            row = self._db.execute(f"SELECT {_USD_SUM} FROM attempt WHERE run = ?", (run.run,)).fetchone()
+        return _summed(*row)
 
     def counts(self, run: Run) -> tuple[int, int]:
         """Rows of a run that are ok, and that are failed."""
@@ -476,12 +431,13 @@ class Ledger:
                 "SELECT 'not_rendered', count(*), min(error) FROM row_fault WHERE run = ?", (run.run,)
             ).fetchone()
             by_source = self._db.execute(
-                "SELECT cost_source, sum(usd_pico), count(*) FROM attempt "
-                "WHERE run = ? AND outcome IS NOT NULL GROUP BY cost_source",
+                f"SELECT cost_source, {_USD_SUM} FROM attempt "
+                f"WHERE run = ? AND outcome IS NOT NULL AND cost_source IS NOT NULL "
+                f"GROUP BY cost_source ORDER BY cost_source",
                 (run.run,),
             ).fetchall()
             sums = self._db.execute(
-                "SELECT coalesce(sum(usd_pico), 0), coalesce(sum(usd_pico IS NULL), 0), "
+                f"SELECT {_USD_SUM}, coalesce(sum(usd_pico IS NULL), 0), "
                 "coalesce(sum(outcome = 'unknown'), 0), coalesce(sum(prompt_tokens), 0), "
                 "coalesce(sum(completion_tokens), 0), coalesce(sum(total_tokens), 0), "
                 "coalesce(sum(cached_tokens), 0), count(*), max(CASE outcome WHEN 'ok' THEN latency_us END) "
@@ -489,7 +445,7 @@ class Ledger:
                 (run.run,),
             ).fetchone()
             unplaced = self._db.execute(
-                "SELECT coalesce(sum(outcome = 'ok'), 0), coalesce(sum(usd_pico), 0) FROM moved "
+                f"SELECT {_USD_SUM}, coalesce(sum(outcome = 'ok'), 0) FROM moved "
                 "JOIN attempt USING (run, row_index, model, sample, key) WHERE run = ? AND to_row IS NULL",
                 (run.run,),
             ).fetchone()
@@ -513,23 +469,21 @@ class Ledger:
         return Totals(
             ok=ok,
             failed=failed,
-            usd=from_pico(sums[0]),
-            usd_by_source={
-                source: from_pico(pico) for source, pico, _ in sorted(by_source, key=str) if source is not None
-            },
-            unknown_cost=sums[1],
-            unknown_outcomes=sums[2],
-            prompt_tokens=sums[3],
-            completion_tokens=sums[4],
-            total_tokens=sums[5],
-            cached_tokens=sums[6],
-            attempts=sums[7],
-            unplaced=unplaced[0],
-            unplaced_usd=from_pico(unplaced[1]),
+            usd=_summed(*sums[:2]),
+            usd_by_source={source: _summed(high, low) for source, high, low in by_source},
+            unknown_cost=sums[2],
+            unknown_outcomes=sums[3],
+            prompt_tokens=sums[4],
+            completion_tokens=sums[5],
+            total_tokens=sums[6],
+            cached_tokens=sums[7],
+            attempts=sums[8],
+            unplaced=unplaced[2],
+            unplaced_usd=_summed(*unplaced[:2]),
             failures=[*((kind or "", number, error or "") for kind, number, error in failures),
                       *([faults] if faults[1] else [])],
             flags=dict(sorted(counted.items())),
-            slowest_seconds=_seconds(sums[8]),
+            slowest_seconds=_seconds(sums[9]),
         )  # fmt: skip
 
     # --- inside ---------------------------------------------------------------------------------------------
@@ -600,6 +554,14 @@ class Ledger:
 # Of a slot's attempts only the newest tells whether it is failed: one that is asked again is pending meanwhile.
 _NEWEST_IS_FINAL = "max(attempt_id * 2 + final) & 1"
 
+# Two sums that no number of rows makes too large for 64 bits.
+_USD_SUM = "coalesce(sum(usd_pico >> 30), 0), coalesce(sum(usd_pico & 1073741823), 0)"
+
+
+def _summed(high: int, low: int) -> Decimal:
+    return from_pico((high << 30) + low)
+
+
 _SETTLE = """
     UPDATE attempt SET settled_at = ?, outcome = ?, final = ?, status = ?, error_kind = ?, error = ?,
         prompt_tokens = ?, completion_tokens = ?, total_tokens = ?, cached_tokens = ?, cache_write_tokens = ?,
@@ -665,23 +627,12 @@ def _settled(settlement: Settlement) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-def _migrate(db: sqlite3.Connection, path: Path) -> None:
-    version = db.execute("PRAGMA user_version").fetchone()[0]
-    if version > len(_MIGRATIONS):
-        raise StorageError(
-            f"{path} was written by a newer batchrun (ledger version {version}, this one knows "
-            f"{len(_MIGRATIONS)}): update batchrun"
-        )
-    for number, script in enumerate(_MIGRATIONS[version:], version + 1):
-        db.executescript(f"BEGIN IMMEDIATE; {script} PRAGMA user_version = {number}; COMMIT;")
-
-
 @contextmanager
 def _storage(path: Path) -> Iterator[None]:
     """Errors of SQLite and the file system as ours."""
     try:
         yield
-    except sqlite3.Error as exc:
+    except (sqlite3.Error, zstandard.ZstdError) as exc:
         raise StorageError(f"the ledger {path}: {exc}") from exc
     except OSError as exc:
         raise StorageError(f"the ledger {path}: {exc.strerror or exc}") from exc

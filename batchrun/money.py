@@ -12,6 +12,7 @@ CREDITS_PER_USD = 2_000_000
 """AI/ML API: $1 = 2,000,000 credits."""
 
 _MOST_USD = Decimal(9_000_000)  # a 64-bit integer of pico-dollars ends at 9.2 million
+_MOST = Decimal(10**18)
 
 # From the best known to the least: a row's cost_source is its weakest.
 COST_SOURCES = (
@@ -51,7 +52,7 @@ def amount(value: object) -> Decimal | None:
         number = Decimal(value.strip() if isinstance(value, str) else value)
     except InvalidOperation:
         return None
-    return number if number.is_finite() and number >= 0 else None
+    return number if number.is_finite() and 0 <= number < _MOST else None
 
 
 def usd_from_wire(value: object) -> Decimal | None:

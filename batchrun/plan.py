@@ -13,13 +13,13 @@ import pyarrow as pa
 
 from batchrun import local
 from batchrun.answers import result_schema
-from batchrun.errors import JobError
+from batchrun.errors import InputError, JobError
 from batchrun.job import Job
 from batchrun.ledger import Ledger, Run
 from batchrun.providers import Endpoint, resolve
 from batchrun.records import Request, RowFault, Slot
 from batchrun.sink import check_schema
-from batchrun.source import Source
+from batchrun.source import Batch, Source
 from batchrun.template import NotRenderedError, Template
 from batchrun.uniqueness import UniqueValues
 
@@ -71,8 +71,13 @@ class Plan:
         """Where a run's Parquet goes; `{date}` is the day on which the run began."""
         started = datetime.fromtimestamp(run.started_at / 1e6, UTC)
         path = self.job.resolve(self.job.output.path.format(run_id=run.run_id, date=started.strftime("%Y-%m-%d")))
-        if path.resolve() in self.source.paths:
-            raise JobError(f"output: {path} is the input too: it would be overwritten; name another file")
+        taken = {
+            **dict.fromkeys(self.source.paths, "the input"),
+            self.job.ledger_path.resolve(): "the ledger",
+            self.job.path.resolve(): "the job file",
+        }
+        if (other := taken.get(path.resolve())) is not None or self.source.would_read(path):
+            raise JobError(f"output: {path} is {other or 'part of the input'} too: name another file")
         return path
 
     def requests(self) -> Iterator[Request | RowFault]:
@@ -84,8 +89,9 @@ class Plan:
         name = self.job.input.id
         unique = UniqueValues() if name is not None else None
         columns = self.template.columns if name is None else [*self.template.columns, name]
-        for batch in self.source.batches(columns):
-            for row_index, row in enumerate(batch.rows.to_pylist(), batch.start):
+        # All columns are read: one that cannot be must be found before anything is paid for.
+        for batch in self.source.batches():
+            for row_index, row in enumerate(_plain_rows(batch, columns), batch.start):
                 if unique is not None and name is not None:
                     earlier = unique.add(row_index, row[name])
                     if earlier is not None:
@@ -107,7 +113,7 @@ class Plan:
                     wanted[row_index] = state.tries if state else 0
             if not wanted:
                 continue
-            for row_index, row in enumerate(batch.rows.to_pylist(), batch.start):
+            for row_index, row in enumerate(_plain_rows(batch, self.template.columns), batch.start):
                 if row_index in wanted:
                     request = self._request(row_index, row)
                     if isinstance(request, Request):
@@ -127,6 +133,15 @@ class Plan:
         if self.source.is_own_output:
             mend += f", or drop them by input: {{columns: {{{doubled[0]}: null, …}}}}"
         raise JobError(f"the input has columns named like results ({', '.join(doubled)}): {mend}")
+
+
+def _plain_rows(batch: Batch, columns: list[str]) -> list[dict[str, Any]]:
+    """Rows as a template sees them."""
+    try:
+        rows: list[dict[str, Any]] = batch.rows.select(list(dict.fromkeys(columns))).to_pylist()
+    except (ValueError, OverflowError, pa.ArrowException) as exc:
+        raise InputError(f"a value in the rows from {batch.start + 1} on cannot be used in a prompt: {exc}") from exc
+    return rows or [{} for _ in range(batch.rows.num_rows)]
 
 
 def place(plan: Plan, ledger: Ledger, run: Run) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from decimal import Decimal
 from typing import IO, Any
 
@@ -72,8 +73,9 @@ class Progress:
             self._bar.set_postfix_str(self._facts(), refresh=True)
         elif self._clock() - self._line_at >= _LINE_SECONDS:
             self._line_at = self._clock()
-            self._stream.write(f"{self._line()}\n")
-            self._stream.flush()
+            with suppress(OSError):
+                self._stream.write(f"{self._line()}\n")
+                self._stream.flush()
 
     def close(self) -> None:
         """Leave the terminal as it was found."""

@@ -195,8 +195,12 @@ def _check_address(url: str) -> str:
         raise JobError(f"provider.base_url {url!r} is no address: write https://host/v1")
     if parts.username or parts.password:
         raise JobError("provider.base_url holds a user name or password: set api_key_env instead")
-    if parts.fragment or re.search(r"\s", url):
+    if parts.fragment or re.search(r"[\s\x00-\x1f\x7f]", url):
         raise JobError(f"provider.base_url {url!r} holds a blank or a #: write https://host/v1")
+    try:
+        host.encode("idna")
+    except UnicodeError as exc:
+        raise JobError(f"provider.base_url {url!r}: {host!r} is no host: {exc}") from None
     return host
 
 

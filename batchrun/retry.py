@@ -16,6 +16,8 @@ from tenacity.wait import wait_base, wait_random_exponential
 from batchrun.records import Action, Exchange, Failure
 
 _LONGEST_BACKOFF = 60.0
+_TRUSTED = 20
+"""Attempts after which a row backs off more than it is told: "at once" may be said for ever."""
 
 
 class Retries:
@@ -72,17 +74,19 @@ def _asks_for_retry(exchange: Exchange) -> bool:
 
 
 class _ToldOrBackoff(wait_base):
-    """What the provider says, else exponential backoff with full jitter."""
+    """What the provider says, if it says more than "at once"; else exponential backoff with full jitter."""
 
     def __init__(self) -> None:
         self._backoff = wait_random_exponential(multiplier=1, max=_LONGEST_BACKOFF)
 
     def __call__(self, retry_state: RetryCallState) -> float:
         failure = retry_state.outcome.result().failure if retry_state.outcome else None
-        if failure is not None and failure.retry_after is not None:
+        is_patient = retry_state.attempt_number <= _TRUSTED
+        if failure is not None and failure.retry_after and is_patient:
             # A little jitter, so that rows told the same moment do not come back as one.
             return float(failure.retry_after) + random.uniform(0, 0.05)
-        return self._backoff(retry_state)
+        told = failure.retry_after if failure is not None and failure.retry_after else 0.0
+        return max(told, self._backoff(retry_state))
 
 
 class _Bounds(stop_base):

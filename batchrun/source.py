@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import difflib
+import fnmatch
 import glob
 import gzip
 import json
@@ -27,6 +28,7 @@ import pyarrow.json as json_format
 import pyarrow.parquet as pq
 
 from batchrun.columns import build
+from batchrun.documents import sound
 from batchrun.errors import InputError
 from batchrun.job import ColumnSetting, InputSetting, Job
 
@@ -78,6 +80,7 @@ class Source:
     def __init__(self, job: Job) -> None:
         self._setting: InputSetting = job.input
         self._folder = job.path.parent
+        self._job_path = job.resolve(job.input.path)
         self._files = _find(job)
         self._raw_schema, self.is_own_output = self._read_schema()
         self._plan = _plan(self._setting, self._raw_schema)
@@ -102,6 +105,16 @@ class Source:
     def paths(self) -> set[Path]:
         """The files, with links resolved."""
         return {file.path.resolve() for file in self._files}
+
+    def would_read(self, path: Path) -> bool:
+        """True if the input is a pattern that a file at `path` would match."""
+        pattern = str(self._job_path)
+        if not glob.has_magic(pattern):
+            return False
+        if "**" in pattern:
+            return fnmatch.fnmatch(str(path), pattern)
+        parts, wanted = path.parts, self._job_path.parts
+        return len(parts) == len(wanted) and all(map(fnmatch.fnmatch, parts, wanted))
 
     def fingerprint(self) -> list[list[Any]]:
         """Path, size and modification time of each file: unchanged, they are not read again to be checked."""
@@ -150,7 +163,7 @@ class Source:
                 schema = pa.unify_schemas([schema, other], promote_options="permissive")
             except (pa.ArrowInvalid, pa.ArrowTypeError) as exc:
                 raise InputError(f"{file.path}: its column types differ from those of the other files: {exc}") from exc
-        return schema.remove_metadata(), is_own
+        return pa.schema([_wide(field) for field in schema]), is_own
 
     def _schema_of(self, file: _File) -> pa.Schema:
         match file.format:
@@ -162,6 +175,8 @@ class Source:
             case _:
                 with _reading(file.path), self._text(file) as fp:
                     header = next(self._csv(file, fp), None)
+                if header == []:
+                    raise InputError(f"{file.path}: line 1 is blank: it should be the header")
                 if header is None:
                     raise InputError(f"{file.path}: is empty: it has no header line")
                 _refuse_duplicates(header, file.path)
@@ -172,6 +187,8 @@ class Source:
         found: dict[str, pa.DataType] = {}
         for number, _, record in self._jsonl_records(file):
             for name, value in record.items():
+                if name != sound(name):
+                    raise InputError(f"{file.path}: line {number}: a key has half of a surrogate pair")
                 try:
                     found[name] = _common(found.get(name, pa.null()), _json_type(value))
                 except TypeError as exc:
@@ -288,6 +305,11 @@ class Source:
 
 
 def _find(job: Job) -> list[_File]:
+    with _reading(job.resolve(job.input.path)):
+        return _find_files(job)
+
+
+def _find_files(job: Job) -> list[_File]:
     setting = job.input
     if setting.path == "-":
         raise InputError("input: standard input cannot be the input: it is read more than once; write it to a file")
@@ -326,6 +348,7 @@ def _plan(setting: InputSetting, schema: pa.Schema) -> list[tuple[str, pa.Field]
         if name not in names:
             raise InputError(f"input.columns: {_no_column(name, names)}")
     if isinstance(chosen, list):
+        _refuse_duplicates(chosen, Path("input.columns"))
         return [(name, schema.field(name)) for name in chosen]
     plan = []
     for name in names:
@@ -374,6 +397,14 @@ def _rows_of(reader: Any, path: Path) -> Iterator[list[str]]:
 def _text_batch(rows: list[list[str]], wanted: list[int], schema: pa.Schema) -> pa.RecordBatch:
     columns = list(zip(*rows, strict=True))
     return pa.RecordBatch.from_arrays([build(columns[index], pa.string()) for index in wanted], schema=schema)
+
+
+def _wide(field: pa.Field) -> pa.Field:
+    """A dictionary column whose indices have room for the values of all its batches together."""
+    kind = field.type
+    if pa.types.is_dictionary(kind):
+        field = field.with_type(pa.dictionary(pa.int32(), kind.value_type, kind.ordered))
+    return field
 
 
 def _no_constant(name: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from keyword import iskeyword
 from pathlib import Path
 
 import pyarrow as pa
@@ -68,7 +69,7 @@ def write_starter(data: Path, path: Path) -> Path:
     text = _TEMPLATE.format(
         name=path.name,
         input=reading,
-        columns=", ".join(columns),
+        columns=", ".join(map(_shown, columns)),
         user=_user_lines(source, kept),
         output=_text(f"outputs/{path.stem}.parquet"),
     )
@@ -96,11 +97,19 @@ def _user_lines(source: Source, columns: list[str]) -> str:
             lengths[name] = sum(len(value.as_py() or "") for value in batch.rows.column(name))
         break
     chosen = [max(lengths, key=lambda name: lengths[name])] if lengths else columns
-    return "\n".join(f"    {name}: {{{{ {_reference(name)} }}}}" for name in chosen)
+    return "\n".join(f"    {_shown(name)}: {{{{ {_reference(name)} }}}}" for name in chosen)
+
+
+_JINJAS_OWN = {"none", "true", "false", "self", "row", "loop", "caller", "varargs", "kwargs"}
+
+
+def _shown(name: str) -> str:
+    return name if name.isprintable() else repr(name)
 
 
 def _reference(name: str) -> str:
-    return name if name.isidentifier() else f"row[{name!r}]"
+    is_plain = name.isidentifier() and name.isascii() and not iskeyword(name)
+    return name if is_plain and name.lower() not in _JINJAS_OWN else f"row[{name!r}]"
 
 
 def _text(value: str) -> str:

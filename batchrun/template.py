@@ -10,7 +10,7 @@ from decimal import Decimal
 from hashlib import blake2b
 from typing import Any
 
-from jinja2 import StrictUndefined, TemplateError, meta
+from jinja2 import StrictUndefined, TemplateError, meta, nodes
 from jinja2.exceptions import SecurityError, TemplateSyntaxError, UndefinedError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -115,7 +115,7 @@ class Template:
             encoded = wire.encode()
         except UnicodeEncodeError:
             raise NotRenderedError("the prompt has half of a surrogate pair, which no UTF-8 can carry") from None
-        except ValueError as exc:
+        except (ValueError, TypeError, RecursionError) as exc:
             raise NotRenderedError(f"a parameter cannot be sent as JSON: {exc}") from None
         return Request(Slot(row_index, self._model), f"b2:{digest}", encoded)
 
@@ -144,8 +144,7 @@ class Template:
             raise NotRenderedError(f"the prompt would show {named}; write {{{{ column or '' }}}}") from None
         except (UndefinedError, SecurityError) as exc:
             raise NotRenderedError(f"the prompt cannot be rendered: {exc}") from None
-        except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError, MemoryError,
-                TemplateError) as exc:  # fmt: skip
+        except Exception as exc:  # noqa: BLE001 - a template is the user's program, and may raise anything
             raise NotRenderedError(f"the prompt cannot be rendered: {type(exc).__name__}: {exc}") from None
 
     # --- compiling ------------------------------------------------------------------------------------------
@@ -171,6 +170,7 @@ class Template:
         try:
             tree = self._environment.parse(text)
             names = meta.find_undeclared_variables(tree)
+            says_self = any(node.name == "self" for node in tree.find_all(nodes.Name))
             whole = _WHOLE.fullmatch(text) if keeps_type else None
             if whole is not None:
                 expression = self._environment.compile_expression(whole[1], undefined_to_none=False)
@@ -179,9 +179,11 @@ class Template:
         except TemplateSyntaxError as exc:
             self._faults.append(f"{place}: template line {exc.lineno}: {exc.message}")
             return lambda row: ""
-        except (TemplateError, RecursionError) as exc:
+        except (TemplateError, RecursionError, SyntaxError, ValueError) as exc:
             self._faults.append(f"{place}: {exc}")
             return lambda row: ""
+        if says_self and "self" in self._available:
+            self._faults.append(f"{place}: `self` is a word of Jinja's own: write {{{{ row['self'] }}}}")
         for name in sorted(names):
             if name in self._available:
                 self._used.add(name)

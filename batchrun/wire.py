@@ -443,7 +443,7 @@ class _Merged:
             if isinstance(arguments, str):
                 tool["function"]["arguments"] += arguments
             elif arguments is not None:
-                tool["function"]["arguments"] += json.dumps(arguments, ensure_ascii=False, default=str)
+                tool["function"]["arguments"] += json.dumps(arguments, ensure_ascii=False, default=float)
 
     def _say(self, text: str) -> None:
         if self.content is None:

@@ -16,8 +16,8 @@ log for every request: what was asked, what it answered and what it charged. A p
     usage      the usage object, null for none
 
 Started as `python fake_provider.py LOG OPTIONS` with OPTIONS as JSON: `p429`, `p500`, `p_hangup` (shares of
-requests), `seed`, `latency`, `retry_after`, `bill` (`meta`, `credits`, `header`, `none`), `refuse_after`, `body`, `bytes`,
-`port`, `replay`, `models`, `deprecations` (lists for the GETs of those names). It prints its port.
+requests), `seed`, `latency`, `retry_after`, `bill` (`meta`, `credits`, `header`, `none`), `refuse_after`, `body`,
+`bytes`, `port`, `replay`, `models`, `deprecations` (lists for the GETs of those names). It prints its port.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "batchrun"
 
 FLOORS = [
     {"errors", "usage", "sse", "columns", "uniqueness", "documents"},
-    {"money", "providers", "jobfile", "lock"},
+    {"money", "providers", "jobfile", "lock", "migrations"},
     {"records", "job"},
     {"failures"},
     {"wire"},
@@ -67,7 +67,7 @@ def test_only_one_room_knows_each_outside_thing() -> None:
         "httpx": {"chat", "catalog"}, "aiohttp": {"chat"}, "tenacity": {"retry"}, "click": {"cli"},
         "tqdm": {"progress"},
         "xllamacpp": {"local"}, "jinja2": {"template"}, "ruamel": {"jobfile"}, "filelock": {"lock"},
-        "sqlite3": {"ledger", "uniqueness"}, "zstandard": {"ledger"},
+        "sqlite3": {"ledger", "migrations", "uniqueness"}, "zstandard": {"ledger"},
     }  # fmt: skip
     users: dict[str, set[str]] = {name: set() for name in owners}
     for path in PACKAGE.glob("*.py"):
