@@ -204,7 +204,8 @@ class OutputSetting(_Setting):
             raise ValueError(f"{value!r} has a single brace: {exc}") from None
         for _, name, form, conversion in fields:
             if name not in ("run_id", "date") or form or conversion:
-                raise ValueError(f"{{{name}…}} is no placeholder: there are {{run_id}} and {{date}}")
+                written = f"{{{name}{'!' + conversion if conversion else ''}{':' + form if form else ''}}}"
+                raise ValueError(f"{written} is no placeholder: there are {{run_id}} and {{date}}")
         return value
 
 
