@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -12,6 +13,7 @@ from batchrun.money import usd_text
 from batchrun.records import Settlement
 
 _LINE_SECONDS = 30.0
+_USUAL_WIDTH = 100
 
 
 class Progress:
@@ -49,9 +51,11 @@ class Progress:
                 initial=settled,
                 file=stream,
                 unit="row",
-                dynamic_ncols=True,
                 smoothing=0.1,
                 mininterval=0.25,
+                dynamic_ncols=_width(stream) > 0,
+                # Some terminals, such as a container's, say that they are 0 wide.
+                ncols=None if _width(stream) else _USUAL_WIDTH,
             )
 
     def settle(self, settlement: Settlement) -> None:
@@ -91,3 +95,10 @@ class Progress:
         rate = (self._settled - self._before) / max(1e-9, self._clock() - self._begun)
         left = f", {(self._total - self._settled) / rate:.0f} s left" if rate > 0 else ""
         return f"batchrun: {self._settled}/{self._total} rows, {rate:.1f} rows/s, {self._facts()}{left}"
+
+
+def _width(stream: IO[str]) -> int:
+    try:
+        return os.get_terminal_size(stream.fileno()).columns
+    except OSError:
+        return 0

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 from statistics import median
 
@@ -15,6 +18,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchrun.job import load_job
+from batchrun.money import Cost
+from batchrun.progress import Progress
+from batchrun.records import Exchange, Intent, Request, Settlement, Slot
+from batchrun.usage import Usage
 
 from .conftest import FakeProvider, Workspace
 
@@ -188,7 +195,54 @@ def test_the_parquet_has_every_column_of_the_readme_and_opens_in_pandas(work: Wo
 
 
 def test_a_gzipped_parquet_and_a_missing_input_are_clear(work: Workspace) -> None:
-    work.write_job(input="none.csv")
-    result = work.run()
-    assert result.code == 2
-    assert "there is no file" in result.stderr
+    (work.folder / "a.parquet.gz").write_bytes(b"x")
+    for name, said in (("none.csv", "there is no file"), ("a.parquet.gz", "a gzipped Parquet file cannot be read")):
+        work.write_job(input=name)
+        result = work.run()
+        assert result.code == 2
+        assert said in result.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_a_terminal_sees_a_bar_with_rows_retries_tokens_and_dollars(work: Workspace, provide: Provide) -> None:
+    import pty
+
+    work.write_rows(['<<{"fail": [500]}>>', *(f"<<{json.dumps({'wait': 0.2, 'n': n})}>>" for n in range(20))])
+    work.write_job(provide().base_url, concurrency=4)
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(
+        work.command("job.yaml"), cwd=work.folder, env=work.environment(), stderr=theirs, stdin=subprocess.DEVNULL
+    ) as process:
+        os.close(theirs)
+        seen = b""
+        while True:
+            try:
+                piece = os.read(ours, 4096)
+            except OSError:  # the other end has gone
+                break
+            if not piece:
+                break
+            seen += piece
+    os.close(ours)
+    assert process.returncode == 0
+    text = seen.decode()
+    assert "21/21" in text
+    assert "0 failed, 1 retries, " in text
+    assert "tokens, $0.00" in text
+
+
+def test_elsewhere_a_plain_line_is_shown_every_30_seconds() -> None:
+    now = 0.0
+    stream = io.StringIO()
+    progress = Progress(stream, total=10, settled=4, usd=Decimal(1), clock=lambda: now)
+    exchange = Exchange("ok", usage=Usage(1, 2, 3), cost=Cost(Decimal("0.5"), "reported"))
+    request = Request(Slot(0, "m"), "k", b"")
+    progress.settle(Settlement(Intent(1, request, 1, 0, "c"), exchange, 0, is_final=True))
+    for second in range(65):
+        now = float(second)
+        progress.tick()
+    lines = stream.getvalue().splitlines()
+    assert lines == [
+        "batchrun: 5/10 rows, 0.0 rows/s, 0 failed, 0 retries, 3 tokens, $1.5, 150 s left",
+        "batchrun: 5/10 rows, 0.0 rows/s, 0 failed, 0 retries, 3 tokens, $1.5, 300 s left",
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import time
@@ -133,7 +134,7 @@ def test_an_input_that_changes_under_the_run_ends_1(work: Workspace, provide: Pr
     assert all(row["status"] == "ok" for row in work.rows())
 
 
-def test_a_changed_model_asks_every_row_again_and_keeps_the_money(work: Workspace, provide: Provide) -> None:
+def test_another_address_asks_every_row_again_and_keeps_the_money(work: Workspace, provide: Provide) -> None:
     provider = provide(refuse_after=3)
     work.write_rows([f"q{number}" for number in range(6)])
     work.write_job(provider.base_url, concurrency=1)
@@ -153,11 +154,31 @@ def test_an_unchanged_input_is_not_read_again(work: Workspace, provide: Provide)
     work.write_rows(["a", "b", "c"])
     work.write_job(provider.base_url, concurrency=1)
     assert work.run().code == 4
-    # Were it read again, `stop_seconds` and `retry` would not matter either: they change no request.
+    # A change that size and time do not show: only a new pass over the rows would find it.
+    path = work.folder / "in.csv"
+    before = path.stat()
+    path.write_bytes(path.read_bytes().replace(b"a\r\n", b"x\r\n"))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    # What changes no request makes no new pass necessary either.
     work.write_job(provider.base_url, concurrency=2, retry={"max_attempts": 3}, timeout_seconds=5)
-    result = work.run()
-    assert "going on with run" in result.stderr
+    result = work.run("--json")
     assert "2 of 3 rows are answered" in result.stderr
+    assert (result.json["ok"], result.json["unplaced"]) == (2, 0)
+    os.utime(path)
+    result = work.run("--json")
+    assert (result.json["ok"], result.json["unplaced"]) == (1, 1)
+
+
+def test_another_model_is_another_question(work: Workspace, provide: Provide) -> None:
+    provider = provide(refuse_after=3)
+    work.write_rows(["a", "b", "c", "d"])
+    work.write_job(provider.base_url, concurrency=1)
+    assert work.run().code == 4
+    work.write_job(provider.base_url, concurrency=1, model="openai/gpt-5")
+    result = work.run("--json")
+    assert (result.code, result.json["ok"], result.json["unplaced"]) == (4, 0, 3)
+    assert {row["requested_model"] for row in work.rows()} == {"openai/gpt-5"}
+    assert result.json["usd_spent"] == result.json["unplaced_usd"] == provider.bill
 
 
 def test_another_jobs_ledger_is_refused_and_adopted(work: Workspace, provide: Provide) -> None:

@@ -6,6 +6,8 @@ import sqlite3
 from collections.abc import Callable
 from decimal import Decimal
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from batchrun.money import usd_text
@@ -222,8 +224,11 @@ def test_zero_rows_give_an_empty_file_with_the_whole_schema(work: Workspace, pro
     work.write_rows([])
     work.write_job(provider.base_url)
     assert work.run().code == 0
-    assert work.rows() == []
-    assert "response" in work.manifest() or work.manifest()["rows"] == 0
+    table = pq.read_table(work.output)
+    assert table.num_rows == 0
+    assert table.schema.names[:3] == ["prompt", "response", "finish_reason"]
+    assert table.schema.field("usd_spent").type == pa.float64()
+    assert work.manifest()["complete"] is True
     assert provider.requests == []
 
 
