@@ -13,7 +13,7 @@ from batchrun.money import usd_text
 from batchrun.records import Settlement
 
 _LINE_SECONDS = 30.0
-_USUAL_WIDTH = 100
+_USUAL_WIDTH, _USUAL_HEIGHT = 100, 24
 
 
 class Progress:
@@ -54,8 +54,9 @@ class Progress:
                 smoothing=0.1,
                 mininterval=0.25,
                 dynamic_ncols=_width(stream) > 0,
-                # Some terminals, such as a container's, say that they are 0 wide.
+                # Some terminals, such as a container's, say that they are 0 wide and 0 high.
                 ncols=None if _width(stream) else _USUAL_WIDTH,
+                nrows=None if _width(stream) else _USUAL_HEIGHT,
             )
 
     def settle(self, settlement: Settlement) -> None:
