@@ -183,6 +183,44 @@ def test_6_a_full_disk_stops_the_sending_and_loses_nothing(work: Workspace, prov
     assert {row["status"] for row in work.rows()} == {"ok"}
 
 
+@pytest.mark.parametrize(
+    ("defect", "said"),
+    [
+        ("usd=found.usd + 1", "promise 5 (money is exact)"),
+        ("ok=found.ok - 1", "promise 1 (every slot ends in one state)"),
+    ],
+)
+def test_70_a_broken_promise_is_told_and_the_output_not_written(
+    work: Workspace, provide: Provide, defect: str, said: str
+) -> None:
+    work.write_rows(["a", "b"])
+    work.write_job(provide().base_url)
+    script = work.folder / "defect.py"
+    script.write_text(
+        "import sys\n"
+        "from dataclasses import replace\n"
+        "from batchrun.cli import main\n"
+        "from batchrun.ledger import Ledger\n"
+        "right = Ledger.totals\n"
+        "def wrong(self, run):\n"
+        "    found = right(self, run)\n"
+        f"    return replace(found, {defect})\n"
+        "Ledger.totals = wrong\n"
+        "sys.argv = ['batchrun', 'job.yaml']\n"
+        "main()\n"
+    )
+    original = work.command
+    work.command = lambda *args: [sys.executable, str(script)]  # type: ignore[method-assign]
+    result = work.run()
+    assert result.code == 70, result.stderr
+    assert said in result.stderr
+    assert "for a bug report" in result.stderr
+    assert not work.output.exists()
+    work.command = original  # type: ignore[method-assign]
+    assert work.run().code == 0
+    assert len(work.rows()) == 2
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_130_and_143_interrupted_after_what_is_in_flight(
     work: Workspace, provide: Provide, number: signal.Signals, code: int
