@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import signal
 import sys
 from contextlib import suppress
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TextIO
 
 import click
 
@@ -20,10 +21,10 @@ from batchrun.errors import BatchrunError, ExitCode
 _EPILOG = """\b
 Exit codes:
   0    every row has an answer
-  1    finished; some rows failed, or the input changed under the run
+  1    finished; some rows failed, or the input changed while the run was going on
   2    the job, its input or the command line is wrong; nothing was sent
-  3    stopped by a limit of the job; run again to go on
-  4    the provider refused the account or cannot be reached; what was done is kept
+  4    the provider refused the account, or the first 20 rows in the same words, or cannot
+       be reached; what was done is kept
   5    another process holds this job's ledger
   6    the ledger or the output could not be written
   70   one of batchrun's own promises was broken: a bug
@@ -38,8 +39,15 @@ class _Commands(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         if args and args[0] not in self.commands:
+            self._refuse_misspelt(args[0])
             args = ["run", *args]
         return super().resolve_command(ctx, args)
+
+    def _refuse_misspelt(self, word: str) -> None:
+        """A word that is nearly a command, and no file, is not taken for a job."""
+        near = difflib.get_close_matches(word, self.commands, 1)
+        if near and not Path(word).exists():
+            raise click.UsageError(f"there is no command {word!r}: did you mean {near[0]!r}?")
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         # An option of `run` may stand before the job file.
@@ -112,6 +120,8 @@ def check(job: Path, rows: int) -> None:
     found = preview.job
     failing = f", {preview.fault_count} of which give no prompt and would fail" if preview.fault_count else ""
     click.echo(f"{found.name}: {preview.rows} rows{failing}; model {found.model} at {found.provider.name}")
+    if preview.rows and preview.fault_count == preview.rows:
+        sys.exit(ExitCode.ROWS_FAILED)
 
 
 @cli.command()
@@ -163,30 +173,46 @@ def main() -> None:
         code = cli.main(standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as exc:
         click.echo(exc.format_message(), err=True)
-        sys.exit(ExitCode.WRONG_JOB)
+        _leave(ExitCode.WRONG_JOB)
     except click.ClickException as exc:
         exc.show()
-        sys.exit(ExitCode.WRONG_JOB)
+        _leave(ExitCode.WRONG_JOB)
     except (KeyboardInterrupt, click.Abort):
         _say("interrupted; run again to go on")
-        sys.exit(ExitCode.INTERRUPTED)
+        _leave(ExitCode.INTERRUPTED)
+    except SystemExit as exc:
+        _leave(exc.code if isinstance(exc.code, int) else ExitCode.OK)
     except BatchrunError as exc:
         _say(str(exc))
-        sys.exit(exc.exit_code)
-    except BrokenPipeError:
-        # Whoever read our stdout has gone; there is nobody to tell.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(ExitCode.STORAGE)
+        _leave(exc.exit_code)
     except OSError as exc:
         _say(f"stdout cannot be written: {exc.strerror or exc}")
-        sys.exit(ExitCode.STORAGE)
+        _leave(ExitCode.STORAGE)
     except Exception:  # noqa: BLE001 - whatever is left is a bug, and must not look like failed rows
         import traceback
 
         traceback.print_exc()
         _say(f"this is a bug in batchrun {__version__}: please report it with the lines above, and keep the ledger")
-        sys.exit(ExitCode.BUG)
-    sys.exit(code if isinstance(code, int) else ExitCode.OK)
+        _leave(ExitCode.BUG)
+    _leave(code if isinstance(code, int) else ExitCode.OK)
+
+
+def _leave(code: int) -> NoReturn:
+    """Exit with a code that a full disk or a closed pipe does not replace by Python's own."""
+    if not _is_flushed(sys.stdout) and code == ExitCode.OK:
+        code = ExitCode.STORAGE
+    _is_flushed(sys.stderr)
+    sys.exit(code)
+
+
+def _is_flushed(stream: TextIO) -> bool:
+    try:
+        stream.flush()
+    except OSError:
+        # What could not be written would be tried again at the very end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return False
+    return True
 
 
 def _terminated(number: int, frame: Any) -> None:

@@ -23,6 +23,7 @@ def summarise(plan: Plan, ledger: Ledger, run: Run, rows: int) -> Summary:
     return Summary(
         job=plan.job.name,
         run_id=run.run_id,
+        provider=plan.endpoint.name,
         model=plan.job.model,
         rows=rows,
         totals=ledger.totals(run),

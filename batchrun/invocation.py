@@ -59,15 +59,17 @@ def run(job: Job, options: Options, environ: Mapping[str, str], *, say: Say, str
     opened = Ledger.open(job.ledger_path, job_name=job.name, job_path=job.path, adopt=options.adopt_ledger)
     with closing(opened) as ledger:
         current = _choose_run(ledger, options)
-        check_writable(plan.output_path(current))
+        check_writable(plan.output_path(current), None if options.adopt_ledger else job.name)
         prices = job.prices.model_dump(mode="json") if job.prices else None
         ledger.begin_invocation(current, job=job.snapshot(), endpoint=plan.endpoint.identity, prices=prices)
         with _end_recorded(ledger, current):
             rows = place(plan, ledger, current)
             _announce(ledger, current, rows, say)
-            ended = _ask(plan, ledger, current, rows, options, stream)
+            ended = _ask(plan, ledger, current, rows, options, say, stream)
             if ended.stop is not None:
                 say(ended.stop.message)
+            if ended.stop is not None and ended.stop.reason == "auth" and plan.endpoint.key_variable:
+                say(f"look at the key in {plan.endpoint.key_variable}, then run again to go on")
             summary = _finish(plan, ledger, current, rows, ended, say)
         summary = replace(summary, seconds=time.monotonic() - began)
     return _with_advice(plan, summary)
@@ -111,7 +113,9 @@ def _announce(ledger: Ledger, current: Run, rows: int, say: Say) -> None:
         )
 
 
-def _ask(plan: Plan, ledger: Ledger, current: Run, rows: int, options: Options, stream: IO[str] | None) -> _Ended:
+def _ask(
+    plan: Plan, ledger: Ledger, current: Run, rows: int, options: Options, say: Say, stream: IO[str] | None
+) -> _Ended:
     """Send what is missing."""
     pending = plan.pending(ledger, current, retry_failed=options.retry_failed)
     first = next(pending, None)
@@ -124,9 +128,10 @@ def _ask(plan: Plan, ledger: Ledger, current: Run, rows: int, options: Options, 
     progress = None
     if stream is not None:
         ok, failed = ledger.counts(current)
-        progress = Progress(stream, total=rows, settled=ok + failed, usd=ledger.spent(current))
+        usd, tokens = ledger.spent(current)
+        progress = Progress(stream, total=rows, settled=ok + failed, usd=usd, tokens=tokens)
     try:
-        return asyncio.run(_drive(plan, ledger, current, _chain(first, pending), progress))
+        return asyncio.run(_drive(plan, ledger, current, _chain(first, pending), say, progress))
     finally:
         if progress is not None:
             progress.close()
@@ -139,7 +144,7 @@ def _chain(first: Request, rest: Iterator[Request]) -> Iterator[Request]:
 
 
 async def _drive(
-    plan: Plan, ledger: Ledger, current: Run, requests: Iterator[Request], progress: Progress | None
+    plan: Plan, ledger: Ledger, current: Run, requests: Iterator[Request], say: Say, progress: Progress | None
 ) -> _Ended:
     from batchrun.chat import ChatSender
 
@@ -164,7 +169,7 @@ async def _drive(
             on_settled=progress.settle if progress is not None else lambda settlement: None,
         )
         ticking = asyncio.create_task(_tick(progress)) if progress is not None else None
-        with _signals_to(runner):
+        with _signals_to(runner, job.stop_seconds, say):
             try:
                 stop = await runner.run()
             finally:
@@ -174,13 +179,22 @@ async def _drive(
 
 
 @contextmanager
-def _signals_to(runner: Runner) -> Iterator[None]:
+def _signals_to(runner: Runner, stop_seconds: float, say: Say) -> Iterator[None]:
     """SIGINT and SIGTERM stop the runner, and afterwards do what they did before."""
     loop = asyncio.get_running_loop()
     numbers = {signal.SIGINT: ExitCode.INTERRUPTED, signal.SIGTERM: ExitCode.TERMINATED}
     before = {number: signal.getsignal(number) for number in numbers}
+
+    def interrupt(exit_code: ExitCode) -> None:
+        if runner.stop is None:
+            say(
+                f"stopping: waiting up to {stop_seconds:g} s for {runner.in_flight} requests in flight; "
+                "a second signal drops them, and they may be on the bill"
+            )
+        runner.interrupt(exit_code)
+
     for number, exit_code in numbers.items():
-        loop.add_signal_handler(number, runner.interrupt, exit_code)
+        loop.add_signal_handler(number, interrupt, exit_code)
     try:
         yield
     finally:

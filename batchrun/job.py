@@ -365,6 +365,8 @@ def load_job(path: Path) -> Job:
     Raises:
         JobError: every fault of the file at once, each with its line.
     """
+    if path.suffix.lower() in (".csv", ".tsv", ".parquet", ".jsonl", ".gz") and path.exists():
+        raise JobError(f"{path} is data, not a job: `batchrun init {path}` writes a job for it")
     try:
         str(path).encode()
         text = path.read_text(encoding="utf-8-sig")
@@ -427,7 +429,8 @@ def _fault(document: Document, error: Any) -> str:
         case _ if path[:2] == ("input", "columns"):
             return f"{where}input.columns: should be a list of names, or a map of names to types (is {_shown(value)})"
         case "model_type" | "model_attributes_type":
-            return f"{where}{name}: should be text or a mapping (is {_shown(value)})"
+            forms = "a mapping" if name in ("retry", "prices") else "text or a mapping"
+            return f"{where}{name}: should be {forms} (is {_shown(value)})"
         case _:
             said = error["msg"].replace("Input should be", "should be").replace("String should", "should")
             return f"{where}{name}: {said} (is {_shown(value)})"

@@ -405,11 +405,13 @@ class Ledger:
             ).fetchall()
         return {Slot(*row[:3]): row[3] for row in rows}
 
-    def spent(self, run: Run) -> Decimal:
-        """Dollars of a run so far."""
+    def spent(self, run: Run) -> tuple[Decimal, int]:
+        """Dollars and tokens of a run so far."""
         with _storage(self.path):
-            row = self._db.execute(f"SELECT {_USD_SUM} FROM attempt WHERE run = ?", (run.run,)).fetchone()
-        return _summed(*row)
+            high, low, tokens = self._db.execute(
+                f"SELECT {_USD_SUM}, coalesce(sum(total_tokens), 0) FROM attempt WHERE run = ?", (run.run,)
+            ).fetchone()
+        return _summed(high, low), tokens
 
     def counts(self, run: Run) -> tuple[int, int]:
         """Rows of a run that are ok, and that are failed."""

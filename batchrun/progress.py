@@ -22,7 +22,7 @@ class Progress:
     Args:
         total: rows of the input.
         settled: rows that were settled before.
-        usd: what the run had spent before.
+        usd, tokens: what the run had spent before.
     """
 
     def __init__(
@@ -32,6 +32,7 @@ class Progress:
         total: int,
         settled: int,
         usd: Decimal,
+        tokens: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._stream = stream
@@ -40,7 +41,8 @@ class Progress:
         self._settled = settled
         self._begun = self._line_at = clock()
         self._before = settled
-        self._failed = self._retries = self._tokens = 0
+        self._failed = self._retries = 0
+        self._tokens = tokens
         self._usd = usd
         self._bar: Any = None
         if stream.isatty():
@@ -88,9 +90,9 @@ class Progress:
             self._bar.close()
 
     def _facts(self) -> str:
-        return (
-            f"{self._failed} failed, {self._retries} retries, {self._tokens} tokens, ${usd_text(round(self._usd, 6))}"
-        )
+        # Dollars first: a narrow terminal cuts the end off, and half an amount reads as a whole one.
+        usd = usd_text(round(self._usd, 6))
+        return f"${usd}, {self._failed} failed, {self._retries} retries, {self._tokens} tokens"
 
     def _line(self) -> str:
         rate = (self._settled - self._before) / max(1e-9, self._clock() - self._begun)

@@ -60,6 +60,8 @@ class Endpoint:
     include_usage: bool
     cost_in_usage: bool
     is_free: bool
+    key_variable: str | None = None
+    """The environment variable that the key was read from."""
     headers: Mapping[str, str] = field(repr=False, default_factory=dict)
     secrets: tuple[str, ...] = field(repr=False, default=())
     """Values that must never be written anywhere."""
@@ -179,6 +181,7 @@ def resolve(
         include_usage=known.include_usage if include_usage is None else include_usage,
         cost_in_usage=known.cost_in_usage,
         is_free=known.is_free,
+        key_variable=variable if "Authorization" in filled else None,
         headers=filled,
         secrets=tuple(value for value in environment.values if len(value) >= _SHORTEST_SECRET),
     )

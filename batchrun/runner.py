@@ -135,6 +135,11 @@ class Runner:
     def _has_left(self) -> bool:
         return self._has_dropped or bool(self._waiting) or next(self._requests, None) is not None
 
+    @property
+    def in_flight(self) -> int:
+        """Requests under way."""
+        return self._pacing.in_flight
+
     def interrupt(self, exit_code: ExitCode) -> None:
         """A signal: the first draws no more rows and awaits what is in flight, the second stops at once."""
         self._signals += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -62,11 +63,15 @@ def check_schema(schema: pa.Schema) -> None:
             ) from None
 
 
-def check_writable(path: Path) -> None:
+def check_writable(path: Path, job_name: str | None) -> None:
     """Find out before anything is sent whether the output can be written.
+
+    Args:
+        job_name: whose output may stand there already; None for anybody's.
 
     Raises:
         StorageError: it cannot.
+        JobError: another job's output stands there.
     """
     probe = path.with_name(f".{path.name}.part")
     try:
@@ -75,8 +80,24 @@ def check_writable(path: Path) -> None:
             raise StorageError(f"the output {path} is a folder: name a file")
         probe.open("wb").close()
         probe.unlink()
+        writer = _job_of(path) if path.exists() else None
     except OSError as exc:
         raise StorageError(f"the output {path} cannot be written: {exc.strerror or exc}") from exc
+    if job_name is not None and writer not in (None, job_name):
+        raise JobError(
+            f"the output {path} is that of the job {writer!r}: name another output; or, if this is that job under a "
+            f"new file name, set `name: {writer}` and add --adopt-ledger, so that its answers are not paid for again"
+        )
+
+
+def _job_of(path: Path) -> str | None:
+    """The job that wrote a file; None if it was not batchrun's."""
+    try:
+        manifest = json.loads((pq.read_metadata(path).metadata or {})[MANIFEST_KEY.encode()])
+    except (pa.ArrowException, KeyError, ValueError):
+        return None
+    name = manifest.get("job") if isinstance(manifest, dict) else None
+    return name if isinstance(name, str) else None
 
 
 def _write(fp: Any, schema: pa.Schema, batches: Iterable[pa.RecordBatch], manifest: Callable[[], str]) -> None:

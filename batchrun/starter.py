@@ -91,13 +91,25 @@ def _probe(data: Path, path: Path) -> Job:
 
 def _user_lines(source: Source, columns: list[str]) -> str:
     """The column with the longest texts, or all of them if none is text."""
-    lengths = {name: 0 for name in columns if pa.types.is_string(source.schema.field(name).type)}
-    for batch in source.batches(list(lengths)):
-        for name in lengths:
-            lengths[name] = sum(len(value.as_py() or "") for value in batch.rows.column(name))
+    lengths = {name: 0 for name in columns if _is_text(source.schema.field(name).type)}
+    has_null: set[str] = set()
+    for batch in source.batches():
+        for name in columns:
+            values = batch.rows.column(name)
+            has_null |= {name} if values.null_count else set()
+            if name in lengths:
+                lengths[name] = sum(len(value or "") for value in values.to_pylist())
         break
     chosen = [max(lengths, key=lambda name: lengths[name])] if lengths else columns
-    return "\n".join(f"    {_shown(name)}: {{{{ {_reference(name)} }}}}" for name in chosen)
+    lines = []
+    for name in chosen:
+        shown = f"{_reference(name)} or ''" if name in has_null else _reference(name)
+        lines.append(f"    {_shown(name)}: {{{{ {shown} }}}}")
+    return "\n".join(lines)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
 _JINJAS_OWN = {"none", "true", "false", "self", "row", "loop", "caller", "varargs", "kwargs"}

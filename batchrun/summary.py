@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
+from batchrun import __version__
 from batchrun.money import usd_text
 from batchrun.records import Totals
 
@@ -17,6 +18,7 @@ class Summary:
 
     job: str
     run_id: str
+    provider: str
     model: str
     rows: int
     totals: Totals
@@ -41,8 +43,10 @@ class Summary:
         """What the output's metadata says of the run."""
         totals = self.totals
         return {
+            "batchrun": __version__,
             "job": self.job,
             "run_id": self.run_id,
+            "provider": self.provider,
             "model": self.model,
             "rows": self.rows,
             "ok": totals.ok,
@@ -113,7 +117,11 @@ class Summary:
             lines.append(f"advice: {self.advice}")
         if totals.failed:
             lines.append("failed rows are asked again with --retry-failed")
-        lines.append(f"output: {self.output}" if self.output else f"no output was written; ledger: {self.ledger}")
+        lines.append(
+            f"output: {self.output}"
+            if self.output
+            else f"no output was written; `batchrun export` does it ({self.ledger})"
+        )
         return lines
 
     def _sources(self) -> str:

@@ -141,7 +141,8 @@ class Template:
         except _NullError:
             nulls = [name for name in self.columns if row.get(name) is None]
             named = f"null: {', '.join(nulls)}" if nulls else "a null inside a column"
-            raise NotRenderedError(f"the prompt would show {named}; write {{{{ column or '' }}}}") from None
+            first = nulls[0] if nulls and nulls[0].isidentifier() else f"row[{nulls[0]!r}]" if nulls else "it"
+            raise NotRenderedError(f"the prompt would show {named}; write {{{{ {first} or '' }}}}") from None
         except (UndefinedError, SecurityError) as exc:
             raise NotRenderedError(f"the prompt cannot be rendered: {exc}") from None
         except Exception as exc:  # noqa: BLE001 - a template is the user's program, and may raise anything

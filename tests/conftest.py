@@ -112,6 +112,7 @@ class Workspace:
 
     def environment(self) -> dict[str, str]:
         keep = {name: value for name, value in os.environ.items() if not name.endswith("_API_KEY")}
+        keep.pop("PYTHONUNBUFFERED", None)  # it would hide what is lost when the buffers are flushed at the end
         return keep | {"AIML_API_KEY": KEY} | self.env
 
     def start(self, *args: str) -> subprocess.Popen[str]:

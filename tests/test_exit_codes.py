@@ -231,7 +231,8 @@ def test_130_and_143_interrupted_after_what_is_in_flight(
     with work.start("job.yaml", "--json") as process:
         _wait_for(lambda: len(provider.requests) >= 4)
         process.send_signal(number)
-        stdout, _ = process.communicate(timeout=60)
+        stdout, stderr = process.communicate(timeout=60)
+    assert "stopping: waiting up to 60 s for 4 requests in flight; a second signal drops them" in stderr
     assert process.returncode == code
     rows = work.rows()
     answered = sum(row["status"] == "ok" for row in rows)

@@ -241,3 +241,60 @@ def test_more_connections_than_files_is_named_with_its_mend(work: Workspace) -> 
     )
     assert ran.returncode == 2
     assert "set concurrency to 36, or raise ulimit -n" in ran.stderr
+
+
+def test_a_renamed_job_does_not_pay_again_in_silence(work: Workspace, provide: Provide) -> None:
+    provider = provide(refuse_after=2)
+    work.write_rows(["a", "b", "c"])
+    work.write_job(provider.base_url, concurrency=1)
+    assert work.run().code == 4
+    work.job.rename(work.folder / "renamed.yaml")
+    result = work.batchrun("renamed.yaml")
+    assert result.code == 2
+    assert "is that of the job 'job'" in result.stderr
+    assert "set `name: job` and add --adopt-ledger" in result.stderr
+    assert len(provider.requests) == 3
+    text = (work.folder / "renamed.yaml").read_text()
+    (work.folder / "renamed.yaml").write_text('{"name": "job",' + text[1:])
+    result = work.batchrun("renamed.yaml", "--adopt-ledger")
+    assert "2 of 3 rows are answered" in result.stderr
+
+
+def test_init_sees_the_text_of_pandas_files(work: Workspace) -> None:
+    import pandas as pd
+
+    frame = pd.DataFrame({"n": [1, 2], "body": ["a long text", None], "k": ["v", "w"]})
+    frame.to_parquet(work.folder / "p.parquet", index=False)
+    assert work.batchrun("init", "p.parquet").code == 0
+    text = (work.folder / "p.yaml").read_text()
+    assert "body: {{ body or '' }}" in text
+    assert "k: {{" not in text
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (("chekc", "job.yaml"), "there is no command 'chekc': did you mean 'check'?"),
+        (("in.csv",), "is data, not a job: `batchrun init in.csv`"),
+        (("none.yaml",), "there is no such job file"),
+    ],
+)
+def test_a_wrong_word_on_the_command_line_is_named(work: Workspace, args: tuple[str, ...], said: str) -> None:
+    work.write_rows(["a"])
+    result = work.batchrun(*args)
+    assert result.code == 2
+    assert said in result.stderr
+
+
+def test_a_refused_key_is_named_by_its_variable(work: Workspace, provide: Provide) -> None:
+    work.write_rows(["a"])
+    work.write_job(provide(key="another").base_url)
+    result = work.run()
+    assert result.code == 4
+    assert "look at the key in AIML_API_KEY" in result.stderr
+
+
+def test_check_ends_1_when_no_row_gives_a_prompt(work: Workspace) -> None:
+    work.write_rows([" ", " "])
+    work.write_job()
+    assert work.batchrun("check", "job.yaml").code == 1
