@@ -280,3 +280,44 @@ def test_sigterm_while_the_output_is_written_leaves_no_half_of_it(work: Workspac
         assert len(work.rows()) == rows
     assert work.batchrun("export", "job.yaml").code == 0
     assert len(work.rows()) == rows
+
+
+@pytest.mark.parametrize(
+    ("how", "stream", "kind"),
+    [
+        ("hangup", False, "disconnect"), ("half", False, "disconnect"), ("silent", False, "timeout"),
+        ("drip", False, "timeout"), ("hangup", True, "disconnect"), ("half", True, "incomplete_stream"),
+        ("silent", True, "timeout"),
+    ],
+)  # fmt: skip
+def test_what_never_comes_has_its_class_and_ends_in_time(
+    work: Workspace, provide: Provide, how: str, stream: bool, kind: str
+) -> None:
+    work.write_rows([script(fail=[how]), *(f"q{number}" for number in range(5))])
+    work.write_job(provide().base_url, timeout_seconds=1, stream=stream, retry={"max_attempts": 1})
+    began = time.monotonic()
+    assert work.run().code == 1
+    assert time.monotonic() - began < 15
+    rows = work.rows()
+    assert rows[0]["error"].startswith(f"{kind}: "), rows[0]["error"]
+    assert (rows[0]["usd_spent"], rows[0]["unknown_attempts"]) == (None, 1)
+    assert {row["status"] for row in rows[1:]} == {"ok"}
+
+
+def test_gzipped_answers_are_read_and_bombs_are_bounded(work: Workspace, provide: Provide) -> None:
+    zipped = http(200, gzip.compress(answer()), Content_Encoding="gzip", Content_Type="application/json")
+    bomb = http(200, gzip.compress(b" " * 100_000_000), Content_Encoding="gzip")
+    work.write_rows([script(bytes=zipped), script(bytes=bomb)])
+    work.write_job(provide().base_url, max_response_bytes=1_000_000)
+    assert work.run().code == 1
+    first, second = work.rows()
+    assert (first["status"], first["response"]) == ("ok", "hi")
+    assert "the answer is longer than max_response_bytes (1000000)" in second["error"]
+
+
+def test_cookies_are_never_sent_back(work: Workspace, provide: Provide) -> None:
+    provider = provide(keep_requests=True)
+    work.write_rows([script(bytes=http(200, answer(), Set_Cookie="track=me")), "b", "c"])
+    work.write_job(provider.base_url, concurrency=1)
+    assert work.run().code == 0
+    assert all("cookie" not in request["headers"] for request in provider.requests)
