@@ -22,7 +22,8 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 _NO_CREDIT = re.compile(
     r"\bout of credits?\b|\bexhausted the available\b|\binsufficient[ _](balance|funds|credits?)\b"
-    r"|\bcredit balance is too low\b|\btop up your\b|\bbilling[ _](hard[ _]limit|not[ _]active)\b",
+    r"|\bcredit balance is too low\b|\bkey limit exceeded\b|\btop up your\b"
+    r"|\bbilling[ _](hard[ _]limit|not[ _]active)\b",
     re.IGNORECASE,
 )
 _QUOTA_CODE = re.compile(r"insufficient_quota|enforced_spend_limit|billing_hard_limit|quota_exceeded", re.IGNORECASE)
@@ -34,6 +35,10 @@ _CONTEXT = re.compile(
     r"context_length_exceeded|exceed_context_size|maximum context length|context (length|window|size) (is )?exceed"
     r"|exceeds? the (available |maximum )?context",
     re.IGNORECASE,
+)
+# Some say of a bad key with 400 or 403 what others say with 401. Anchored: a message can quote the prompt.
+_BAD_KEY = re.compile(
+    r"(api key not valid|incorrect api key provided|invalid api key|your api key was reported as leaked)", re.IGNORECASE
 )
 _TOO_LARGE = re.compile(r"\brequest too large\b", re.IGNORECASE)
 _LONGEST_WAIT = 30 * 86_400.0
@@ -102,7 +107,7 @@ def failure_of(document: object, headers: Mapping[str, str], *, status: int | No
     should_retry = headers.get("x-should-retry", "").strip().lower()
     if should_retry == "false" and action in (Action.RETRY, Action.PACE):
         # The provider itself will not have this again: a limit that no wait lifts, or a row that it cannot do.
-        action = Action.STOP if action is Action.PACE and effective == 429 else Action.REJECT
+        action = Action.STOP if action is Action.PACE else Action.REJECT
     elif should_retry == "true" and action is Action.REJECT:
         action = Action.RETRY
     retry_after = _retry_after(headers, words) if action in (Action.RETRY, Action.PACE) else None
@@ -142,7 +147,7 @@ def request_id_of(headers: Mapping[str, str]) -> str | None:
 
 def _classify(status: int, words: _Words) -> tuple[str, Action]:
     named = f"{words.code or ''} {words.kind or ''} {words.upstream_type or ''}"
-    if status == 401:
+    if status == 401 or (status in (400, 403) and _BAD_KEY.match(words.message)):
         return "auth", Action.STOP
     if status == 402:
         return "billing", Action.STOP

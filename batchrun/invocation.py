@@ -224,7 +224,8 @@ def _finish(plan: Plan, ledger: Ledger, current: Run, rows: int, ended: _Ended, 
                 say("the input has changed under the run: answers were placed in the rows that ask for them now")
         except JobError as exc:
             # It cannot be read any more; the answers are in the ledger, for `export` once it can.
-            stop = Stop(ExitCode.ROWS_FAILED, "input_changed", str(exc), is_immediate=True)
+            changed = Stop(ExitCode.ROWS_FAILED, "input_changed", str(exc))
+            stop = replace(stop or changed, is_immediate=True)
             say(f"{exc}; the answers are kept, and `batchrun export` writes them once the input can be read")
     summary = replace(summarise(plan, ledger, current, rows), sent=ended.sent)
     exit_code, reason = _outcome(summary, stop, is_changed)

@@ -23,12 +23,14 @@ class Pacing:
     Args:
         concurrency: the bound, and where it starts.
         clock: seconds, monotonic.
+        longest_pause: seconds; a longer wait is the row's own, and must not hold all the others.
     """
 
-    def __init__(self, concurrency: int, clock: Callable[[], float]) -> None:
+    def __init__(self, concurrency: int, clock: Callable[[], float], longest_pause: float = 900.0) -> None:
         self._most = concurrency
         self._allowed = float(concurrency)
         self._clock = clock
+        self._longest_pause = longest_pause
         self._answers: deque[bool] = deque(maxlen=max(_WINDOW, concurrency))
         self._limited = 0
         self._not_before = 0.0
@@ -110,7 +112,8 @@ class Pacing:
 
     def _limit(self, sent_at: float, retry_after: float | None) -> None:
         now = self._clock()
-        self._not_before = max(self._not_before, now + (_PAUSE if retry_after is None else retry_after))
+        pause = min(self._longest_pause, _PAUSE if retry_after is None else retry_after)
+        self._not_before = max(self._not_before, now + pause)
         if sent_at >= self._episode_from:
             # What is still in flight belongs to this episode, and says nothing new.
             self._allowed = max(1.0, self._allowed * _CUT)

@@ -95,7 +95,7 @@ class Runner:
         self._on_settled = on_settled
         self._clock = clock
         self._retries = Retries(max_attempts, max_seconds, clock)
-        self._pacing = Pacing(concurrency, clock)
+        self._pacing = Pacing(concurrency, clock, longest_pause=max_seconds)
         self._journal = _Journal(ledger, run, self._fail)
         self._health = _Health(max_attempts, max_seconds, clock())
         self._waiting: list[_Work] = []
@@ -133,7 +133,12 @@ class Runner:
         return self.stop
 
     def _has_left(self) -> bool:
-        return self._has_dropped or bool(self._waiting) or next(self._requests, None) is not None
+        if self._has_dropped or self._waiting:
+            return True
+        try:
+            return next(self._requests, None) is not None
+        except InputError:
+            return True  # the input has changed since; whoever reads it next will say so
 
     @property
     def in_flight(self) -> int:
@@ -178,13 +183,21 @@ class Runner:
         return None
 
     async def _attempt(self, work: _Work) -> None:
-        await self._pacing.enter()
+        try:
+            await self._pacing.enter()
+        except asyncio.CancelledError:
+            self._has_dropped = True
+            raise
         try:
             if self._stopping.is_set():
                 self._has_dropped = True
                 return
             intent = self._ledger.intent(self._run, work.request, work.tries + 1)
-            await self._journal.intend(intent)
+            try:
+                await self._journal.intend(intent)
+            except asyncio.CancelledError:
+                self._has_dropped = True
+                raise
             self.sent += 1
             work.tries += 1
             sent_at = self._clock()
@@ -233,7 +246,7 @@ class Runner:
                 self._has_dropped = True
                 return False, _refused(failure)
             case Action.REJECT:
-                return True, self._health.note_rejected(failure)
+                return True, stop or self._health.note_rejected(failure)
             case Action.RETRY | Action.PACE:
                 if work.retry_state is None:
                     work.retry_state = self._retries.begin(work.started or self._clock())
@@ -396,6 +409,7 @@ class _Health:
         self._max_seconds = max_seconds
         self._last_success = now
         self._failed_since = 0
+        self._refused_in_a_row = 0
         self._attempts = 0
         self._only_unreachable = True
         self._rejected: set[str] = set()
@@ -411,8 +425,13 @@ class _Health:
                 self._rejected.add("")
             self._settled_rows += 1
             self._last_success, self._failed_since, self._only_unreachable = now, 0, False
+            self._refused_in_a_row = 0
             return None
         self._failed_since += 1
+        self._refused_in_a_row = self._refused_in_a_row + 1 if failure.action is Action.REJECT else 0
+        if self._refused_in_a_row >= _FIRST:
+            # A server in trouble that forbids retries would use up row after row.
+            return Stop(ExitCode.PROVIDER, "outage", f"{_FIRST} rows in a row: {failure}; run again later")
         self._only_unreachable = self._only_unreachable and failure.kind == "connect"
         if self._only_unreachable and (self._attempts >= _FIRST or tries >= self._max_attempts):
             return Stop(ExitCode.PROVIDER, "unreachable", f"the provider cannot be reached: {failure.message}")

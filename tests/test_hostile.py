@@ -108,7 +108,7 @@ def test_an_echoed_key_is_written_nowhere(work: Workspace, provide: Provide, str
     }  # fmt: skip
     work.write_job(provider=where, stream=stream)
     result = work.run("--json")
-    assert result.code == 1
+    assert (result.code, result.json["reason"]) == (4, "auth")
     assert "[secret]" in work.rows()[0]["error"]
     assert provider.requests[0]["path"] == "/v1/secret-path-4711/chat/completions"
     for secret in (KEY, "tok/0815/hidden", "secret-path-4711"):
@@ -321,3 +321,25 @@ def test_cookies_are_never_sent_back(work: Workspace, provide: Provide) -> None:
     work.write_job(provider.base_url, concurrency=1)
     assert work.run().code == 0
     assert all("cookie" not in request["headers"] for request in provider.requests)
+
+
+def test_a_server_that_forbids_retries_in_trouble_does_not_use_up_the_rows(work: Workspace, provide: Provide) -> None:
+    provider = provide(replay={"status": 500, "headers": {"x-should-retry": "false"}, "chunks": ["{}"]})
+    work.write_rows([f"q{number}" for number in range(300)])
+    work.write_job(provider.base_url, concurrency=4)
+    result = work.run("--json")
+    assert (result.code, result.json["reason"]) == (4, "outage")
+    assert len(provider.requests) <= 24
+
+
+def test_a_signal_is_what_ends_a_run_whose_input_has_gone(work: Workspace, provide: Provide) -> None:
+    provider = provide(latency=0.4)
+    work.write_rows([f"q{number}" for number in range(30)])
+    work.write_job(provider.base_url, concurrency=2)
+    with work.start("job.yaml") as process:
+        while len(provider.requests) < 2:
+            time.sleep(0.02)
+        (work.folder / "in.csv").unlink()
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+    assert process.returncode == 130

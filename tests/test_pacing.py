@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 from batchrun.errors import ExitCode
+from batchrun.ledger import Ledger
 from batchrun.pacing import Pacing
-from batchrun.records import Action, Answer, Exchange, Failure
+from batchrun.records import Action, Answer, Exchange, Failure, Intent, Request, Slot
 from batchrun.retry import Retries
-from batchrun.runner import _Health
+from batchrun.runner import Runner, Stop, _Health
 
 
 class Clock:
@@ -139,3 +141,40 @@ def test_the_first_rows_refused_in_the_same_words_stop_the_run() -> None:
 
     assert stopped([f"no model (request {number})" for number in range(20)])
     assert not stopped([f"row {'abcdefghijklmnopqrst'[number]} is bad" for number in range(20)])
+
+
+def test_one_backends_long_wait_does_not_hold_all_rows() -> None:
+    clock = Clock()
+    pacing = Pacing(8, clock, longest_pause=60)
+    for _ in range(60):
+        pacing.note(sent_at=clock.now, is_ok=False, is_rate_limit=True, retry_after=7200)
+    clock.now += 61
+    saturate(pacing)
+    assert pacing.in_flight == pacing.allowed
+
+
+def test_two_signals_at_once_are_no_bug(tmp_path: Path) -> None:
+    ledger = Ledger.open(tmp_path / "l.sqlite", job_name="j", job_path=tmp_path / "j.yaml")
+    run = ledger.current_run()
+    ledger.begin_invocation(run, job={}, endpoint="e", prices=None)
+    requests = [Request(Slot(index, "m"), f"k{index}", b"") for index in range(2)]
+    ledger.place(run, requests, {})
+
+    class Never:
+        async def send(self, intent: Intent) -> Exchange:
+            raise AssertionError("nothing is to be sent")
+
+    async def drive() -> Stop | None:
+        runner = Runner(
+            ledger, run, Never(), iter(requests), concurrency=2, max_attempts=1, max_seconds=1, stop_seconds=1
+        )
+        loop = asyncio.get_running_loop()
+        loop.call_soon(runner.interrupt, ExitCode.INTERRUPTED)
+        loop.call_soon(runner.interrupt, ExitCode.INTERRUPTED)
+        return await runner.run()
+
+    stop = asyncio.run(drive())
+    assert stop is not None
+    assert (stop.exit_code, stop.is_immediate) == (ExitCode.INTERRUPTED, True)
+    assert ledger.totals(run).attempts == 0
+    ledger.close()

@@ -193,6 +193,11 @@ def test_halves_of_a_surrogate_pair_in_two_chunks_become_one_character() -> None
          Action.STOP),
         (500, '{"error": {"code": 500, "message": "the request exceeds the available context size", "type": '
               '"exceed_context_size_error"}}', "bad_request", Action.REJECT),
+        (403, '{"error": {"message": "Key limit exceeded (total limit). Manage it using https://x"}}', "billing",
+         Action.STOP),
+        (400, '[{"error": {"code": 400, "status": "INVALID_ARGUMENT", "message": "API key not valid. Please pass a '
+              'valid API key."}}]', "auth", Action.STOP),
+        (400, '{"error": {"message": "The prompt says: invalid api key"}}', "bad_request", Action.REJECT),
         (302, "", "redirect", Action.REJECT),
         (503, "<html><title>Bad</title><script>alert(1)</script><body>down for maintenance</body></html>", "server",
          Action.RETRY),
