@@ -152,7 +152,7 @@ class Source:
         schemas = [(file, self._schema_of(file)) for file in self._files]
         first_file, schema = schemas[0]
         is_own = bool(schema.metadata and _MANIFEST in schema.metadata)
-        _refuse_duplicates(schema.names, first_file.path)
+        _refuse_duplicates(schema.names, str(first_file.path))
         for file, other in schemas[1:]:
             if other.names != schema.names:
                 raise InputError(
@@ -179,7 +179,7 @@ class Source:
                     raise InputError(f"{file.path}: line 1 is blank: it should be the header")
                 if header is None:
                     raise InputError(f"{file.path}: is empty: it has no header line")
-                _refuse_duplicates(header, file.path)
+                _refuse_duplicates(header, f"{file.path}: line 1")
                 return pa.schema([(name, pa.string()) for name in header])
 
     def _infer_jsonl(self, file: _File) -> pa.Schema:
@@ -348,7 +348,7 @@ def _plan(setting: InputSetting, schema: pa.Schema) -> list[tuple[str, pa.Field]
         if name not in names:
             raise InputError(f"input.columns: {_no_column(name, names)}")
     if isinstance(chosen, list):
-        _refuse_duplicates(chosen, Path("input.columns"))
+        _refuse_duplicates(chosen, "input.columns")
         return [(name, schema.field(name)) for name in chosen]
     plan = []
     for name in names:
@@ -362,7 +362,7 @@ def _plan(setting: InputSetting, schema: pa.Schema) -> list[tuple[str, pa.Field]
                 raise InputError(f"input.columns.{name}: {wanted.type!r} is no type: use {', '.join(_TYPES)}")
             field = pa.field(name, _TYPES[wanted.type])
         plan.append((name, field.with_name(wanted.name or name)))
-    _refuse_duplicates([field.name for _, field in plan], Path("input.columns"))
+    _refuse_duplicates([field.name for _, field in plan], "input.columns")
     return plan
 
 
@@ -372,10 +372,10 @@ def _no_column(name: str, names: Sequence[str]) -> str:
     return f"there is no column {name!r}: {mend}"
 
 
-def _refuse_duplicates(names: Sequence[str], path: Path) -> None:
+def _refuse_duplicates(names: Sequence[str], where: str) -> None:
     doubled = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
     if doubled:
-        raise InputError(f"{path}: the column name {doubled[0]!r} stands twice")
+        raise InputError(f"{where}: the column name {doubled[0]!r} stands twice")
 
 
 def _batch_rows(parquet: pq.ParquetFile) -> int:

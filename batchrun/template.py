@@ -140,9 +140,10 @@ class Template:
             return render(row)
         except _NullError:
             nulls = [name for name in self.columns if row.get(name) is None]
-            named = f"null: {', '.join(nulls)}" if nulls else "a null inside a column"
-            first = nulls[0] if nulls and nulls[0].isidentifier() else f"row[{nulls[0]!r}]" if nulls else "it"
-            raise NotRenderedError(f"the prompt would show {named}; write {{{{ {first} or '' }}}}") from None
+            where = f"null in this row: {', '.join(nulls)}" if nulls else "a null inside a column"
+            name = nulls[0] if len(nulls) == 1 else "column"
+            mend = f"{{{{ {name if name.isidentifier() else f'row[{name!r}]'} or '' }}}}"
+            raise NotRenderedError(f"the prompt would show a null ({where}); write {mend}") from None
         except (UndefinedError, SecurityError) as exc:
             raise NotRenderedError(f"the prompt cannot be rendered: {exc}") from None
         except Exception as exc:  # noqa: BLE001 - a template is the user's program, and may raise anything

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Callable
+from datetime import UTC, date, datetime
 from decimal import Decimal
 
 import pyarrow as pa
@@ -245,3 +246,37 @@ def test_rows_that_give_no_prompt_fail_for_nothing(work: Workspace, provide: Pro
     assert len(provider.requests) == 2
     check = work.batchrun("check", "job.yaml")
     assert "1 of which give no prompt and would fail" in check.stdout
+
+
+def test_the_inputs_columns_and_types_survive_to_the_output(work: Workspace, provide: Provide) -> None:
+    table = pa.table(
+        {
+            "prompt": pa.array(["a", "b"], pa.large_string()),
+            "id": pa.array([2**63 - 1, -(2**63)], pa.int64()),
+            "unsigned": pa.array([2**64 - 1, 0], pa.uint64()),
+            "money": pa.array([Decimal("1.10"), None], pa.decimal128(20, 2)),
+            "when": pa.array([datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC), None], pa.timestamp("us", tz="UTC")),
+            "nanos": pa.array([1, None], pa.timestamp("ns")),
+            "day": pa.array([date(2026, 1, 2), None]),
+            "kind": pa.array(["x", "y"]).dictionary_encode(),
+            "nested": pa.array([{"a": [1, 2], "b": {"c": "d"}}, None]),
+            "raw": pa.array([b"\x00\xff", None]),
+            "nothing": pa.nulls(2),
+            'odd "name"\n😀': pa.array([1.5, float("nan")]),
+        }
+    )
+    pq.write_table(table, work.folder / "in.parquet")
+    work.write_job(
+        provide().base_url, input="in.parquet", prompt="{{ prompt }} {{ id }} {{ money or '' }} {{ nested }}"
+    )
+    result = work.run()
+    assert result.code == 1, result.stderr  # the second row's nested value is null
+    found = pq.read_table(work.output).select(table.schema.names)
+    assert found.schema.remove_metadata() == table.schema.remove_metadata()
+    assert found.drop_columns([table.schema.names[-1]]).equals(table.drop_columns([table.schema.names[-1]]))
+    first, second = work.rows()
+    assert first["response"] == f"answer to: a {2**63 - 1} 1.10 {{'a': [1, 2], 'b': {{'c': 'd'}}}}"
+    assert (second["status"], second["error"]) == (
+        "failed",
+        "not_rendered: the prompt would show a null (null in this row: money, nested); write {{ column or '' }}",
+    )  # fmt: skip

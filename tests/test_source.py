@@ -65,7 +65,7 @@ def test_other_encodings_by_option(tmp_path: Path) -> None:
     [
         ("a,b\n1,2\n3\n", "line 3: 1 cells where the header has 2"),
         ("a,b\n1,2,3\n", "line 2: 3 cells where the header has 2"),
-        ("a,a\n1,2\n", "the column name 'a' stands twice"),
+        ("a,a\n1,2\n", "line 1: the column name 'a' stands twice"),
         ("", "is empty: it has no header line"),
         ('a,b\n1,"2\n', "no valid CSV"),
     ],

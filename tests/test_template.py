@@ -90,7 +90,7 @@ def test_all_missing_columns_are_named_at_once() -> None:
 
 def test_a_row_that_gives_no_prompt_says_why() -> None:
     row = {**ROW, "review": None}
-    assert "would show null: review" in refusal(row)
+    assert "would show a null (null in this row: review); write {{ review or '' }}" in refusal(row)
     assert body(row, prompt="{{ review or 'nothing' }}")["messages"][0]["content"] == "nothing"
     assert refusal({**ROW, "review": " \n"}) == "the prompt is blank"
     assert "has no attribute" in refusal(prompt="{{ review.x.y }}")
