@@ -37,7 +37,6 @@ _REFUSED_PARAMETERS = {
     "n": "the key `samples` of the job",
 }
 _NOT_YET = "not yet supported"
-FORMATS = ("csv", "tsv", "parquet", "jsonl")
 
 
 class _Setting(BaseModel):
