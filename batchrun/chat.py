@@ -1,4 +1,4 @@
-"""Request → exchange over HTTP: the only room that opens a connection.
+"""Request → exchange over HTTP: the only room that sends prompts.
 
 It builds an `httpx.Request` and hands it straight to a transport, past the layers of `httpx.AsyncClient` that cost
 most and do nothing here (cookies, redirects, auth). Redirects are therefore never followed, with the key or without.
@@ -161,10 +161,9 @@ class ChatSender:
         if reception.status is None:
             failure = reception.broke
             assert failure is not None
-            was_sent = failure.kind != "connect"
-            if was_sent:
-                return replace(base, failure=failure)
-            return replace(base, outcome="failed", failure=failure, cost=NOT_BILLED)
+            if failure.kind == "connect":
+                return replace(base, outcome="failed", failure=failure, cost=NOT_BILLED)
+            return replace(base, failure=failure)
         reader = reception.reader
         if reader is None:
             # An HTTP error answer is not billed, even if the connection broke while it came.

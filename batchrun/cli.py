@@ -56,6 +56,10 @@ class _Commands(click.Group):
         return super().parse_args(ctx, args)
 
 
+_ADOPT = click.option(
+    "--adopt-ledger", is_flag=True, help="Take over the ledger of a job file that has been moved or renamed."
+)
+_AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object on stdout.")
 _JOB = click.argument("job", type=click.Path(path_type=Path), metavar="JOB")
 
 
@@ -74,9 +78,9 @@ def cli() -> None:
 @cli.command()
 @_JOB
 @click.option("--retry-failed", is_flag=True, help="Ask the failed rows again.")
-@click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object on stdout.")
+@_AS_JSON
 @click.option("--quiet", "-q", is_flag=True, help="No progress and no summary on stderr; errors only.")
-@click.option("--adopt-ledger", is_flag=True, help="Take over the ledger of a job file that has been moved or renamed.")
+@_ADOPT
 def run(job: Path, retry_failed: bool, as_json: bool, quiet: bool, adopt_ledger: bool) -> None:
     """Run a job, or go on with its unfinished run (the default command)."""
     from batchrun.job import load_job
@@ -126,9 +130,9 @@ def check(job: Path, rows: int) -> None:
 
 @cli.command()
 @_JOB
-@click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object on stdout.")
+@_AS_JSON
 @click.option("--quiet", "-q", is_flag=True, help="No summary on stderr; errors only.")
-@click.option("--adopt-ledger", is_flag=True, help="Take over the ledger of a job file that has been moved or renamed.")
+@_ADOPT
 def export(job: Path, as_json: bool, quiet: bool, adopt_ledger: bool) -> None:
     """Write the Parquet of the newest run again, from the ledger, for nothing."""
     from batchrun.job import load_job

@@ -83,6 +83,11 @@ class _Words(NamedTuple):
     request_id: str | None
     retry_after: float | None
 
+    @property
+    def named(self) -> str:
+        """Every name that it gives the error, without the words that may quote the prompt."""
+        return f"{self.kind or ''} {self.code or ''} {self.upstream_type or ''}"
+
 
 def read_failure(status: int, headers: Mapping[str, str], body: bytes) -> Failure:
     """Read an HTTP error answer (status 300 and above). `headers` has lower-case names."""
@@ -101,8 +106,7 @@ def failure_of(document: object, headers: Mapping[str, str], *, status: int | No
     words = _words(document)
     effective = status if status is not None else words.status
     if effective is None:
-        named = f"{words.kind or ''} {words.code or ''} {words.upstream_type or ''}"
-        effective = _status_of_type(named) or _status_of_words(words.message)
+        effective = _status_of_type(words.named) or _status_of_words(words.message)
     kind, action = _classify(effective, words)
     should_retry = headers.get("x-should-retry", "").strip().lower()
     if should_retry == "false" and action in (Action.RETRY, Action.PACE):
@@ -146,7 +150,6 @@ def request_id_of(headers: Mapping[str, str]) -> str | None:
 
 
 def _classify(status: int, words: _Words) -> tuple[str, Action]:
-    named = f"{words.code or ''} {words.kind or ''} {words.upstream_type or ''}"
     if status == 401 or (status in (400, 403) and _BAD_KEY.match(words.message)):
         return "auth", Action.STOP
     if status == 402:
@@ -157,11 +160,11 @@ def _classify(status: int, words: _Words) -> tuple[str, Action]:
         if _TOO_LARGE.search(words.message):
             return "bad_request", Action.REJECT  # one request above the limit of a minute never fits
         # Google words its rate limits as a quota, and adds when to come back; a quota that is spent does not.
-        is_spent = _QUOTA_CODE.search(named) or (_QUOTA_TEXT.search(words.message) and words.retry_after is None)
+        is_spent = _QUOTA_CODE.search(words.named) or (_QUOTA_TEXT.search(words.message) and words.retry_after is None)
         return ("quota", Action.STOP) if is_spent or _is_out_of_credit(words) else ("rate_limit", Action.PACE)
     if status == 529:
         return "overloaded", Action.PACE
-    if _CONTEXT.search(f"{named} {words.message}") and status != 404:
+    if _CONTEXT.search(f"{words.named} {words.message}") and status != 404:
         return "bad_request", Action.REJECT  # llama.cpp says so with 500 as well
     if status in (408, 504):
         return "timeout", Action.RETRY

@@ -64,8 +64,8 @@ def run(job: Job, options: Options, environ: Mapping[str, str], *, say: Say, str
         ledger.begin_invocation(current, job=job.snapshot(), endpoint=plan.endpoint.identity, prices=prices)
         with _end_recorded(ledger, current):
             rows = place(plan, ledger, current)
-            _announce(ledger, current, rows, say)
-            ended = _ask(plan, ledger, current, rows, options, say, stream)
+            settled = _announce(ledger, current, rows, say)
+            ended = _ask(plan, ledger, current, rows, settled, options, say, stream)
             if ended.stop is not None:
                 say(ended.stop.message)
             if ended.stop is not None and ended.stop.reason == "auth" and plan.endpoint.key_variable:
@@ -100,10 +100,10 @@ def _choose_run(ledger: Ledger, options: Options) -> Run:
     return ledger.current_run()
 
 
-def _announce(ledger: Ledger, current: Run, rows: int, say: Say) -> None:
-    """Say what goes on, or what will be paid for again."""
+def _announce(ledger: Ledger, current: Run, rows: int, say: Say) -> int:
+    """Say what goes on, or what will be paid for again; return how many rows are settled already."""
+    ok, failed = ledger.counts(current)
     if not current.is_new:
-        ok, failed = ledger.counts(current)
         say(f"going on with run {current.run_id}: {ok} of {rows} rows are answered, {failed} failed")
     elif (earlier := ledger.earlier_answers(current)) is not None:
         cost = f"about ${usd_text(round(earlier.usd, 6))}" if earlier.usd is not None else "at a cost not known"
@@ -111,10 +111,18 @@ def _announce(ledger: Ledger, current: Run, rows: int, say: Say) -> None:
             f"{earlier.slots} rows that run {earlier.run_id} answered will be asked and paid for again, "
             f"{cost}; reuse is off"
         )
+    return ok + failed
 
 
 def _ask(
-    plan: Plan, ledger: Ledger, current: Run, rows: int, options: Options, say: Say, stream: IO[str] | None
+    plan: Plan,
+    ledger: Ledger,
+    current: Run,
+    rows: int,
+    settled: int,
+    options: Options,
+    say: Say,
+    stream: IO[str] | None,
 ) -> _Ended:
     """Send what is missing."""
     pending = plan.pending(ledger, current, retry_failed=options.retry_failed)
@@ -127,9 +135,8 @@ def _ask(
         plan.endpoint = replace(plan.endpoint, base_url=address)
     progress = None
     if stream is not None:
-        ok, failed = ledger.counts(current)
         usd, tokens = ledger.spent(current)
-        progress = Progress(stream, total=rows, settled=ok + failed, usd=usd, tokens=tokens)
+        progress = Progress(stream, total=rows, settled=settled, usd=usd, tokens=tokens)
     try:
         return asyncio.run(_drive(plan, ledger, current, _chain(first, pending), say, progress))
     finally:
@@ -214,6 +221,7 @@ def _finish(plan: Plan, ledger: Ledger, current: Run, rows: int, ended: _Ended, 
     stop = ended.stop
     is_broken = stop is not None and stop.exit_code in (ExitCode.STORAGE, ExitCode.BUG)
     is_changed = stop is not None and stop.reason == "input_changed"
+    is_readable = True
     if not is_broken:
         placed = ledger.placed_input(current)
         try:
@@ -224,15 +232,15 @@ def _finish(plan: Plan, ledger: Ledger, current: Run, rows: int, ended: _Ended, 
                 say("the input has changed under the run: answers were placed in the rows that ask for them now")
         except JobError as exc:
             # It cannot be read any more; the answers are in the ledger, for `export` once it can.
-            changed = Stop(ExitCode.ROWS_FAILED, "input_changed", str(exc))
-            stop = replace(stop or changed, is_immediate=True)
+            is_readable = False
+            stop = stop or Stop(ExitCode.ROWS_FAILED, "input_changed", str(exc))
             say(f"{exc}; the answers are kept, and `batchrun export` writes them once the input can be read")
     summary = replace(summarise(plan, ledger, current, rows), sent=ended.sent)
     exit_code, reason = _outcome(summary, stop, is_changed)
     summary = replace(summary, exit_code=exit_code, reason=reason)
     is_whole = summary.pending == 0
-    is_wanted = is_whole or plan.job.output.partial
-    if is_wanted and not is_broken and not (stop is not None and stop.is_immediate):
+    is_wanted = (is_whole or plan.job.output.partial) and not (stop is not None and stop.is_immediate)
+    if is_wanted and is_readable and not is_broken:
         output = plan.output_path(current)
         write_output(plan, ledger, current, output, summary)
         summary = replace(summary, output=str(output))

@@ -74,7 +74,7 @@ class InputSetting(_Setting):
     @field_validator("path")
     @classmethod
     def _on_this_machine(cls, value: str) -> str:
-        return _refuse_remote(value)
+        return _local_path(value)
 
     @field_validator("encoding")
     @classmethod
@@ -194,7 +194,7 @@ class OutputSetting(_Setting):
     @field_validator("path")
     @classmethod
     def _parquet(cls, value: str) -> str:
-        _refuse_remote(value)
+        _local_path(value)
         if not value.endswith(".parquet"):
             raise ValueError(f"{value!r} does not end in .parquet")
         try:
@@ -276,7 +276,7 @@ class Job(_Setting):
     @field_validator("ledger")
     @classmethod
     def _local_ledger(cls, value: str | None) -> str | None:
-        return None if value is None else _refuse_remote(value)
+        return None if value is None else _local_path(value)
 
     @field_validator("name")
     @classmethod
@@ -339,7 +339,8 @@ class Job(_Setting):
         return job
 
 
-def _refuse_remote(path: str) -> str:
+def _local_path(path: str) -> str:
+    """A path as it is, if this machine can have it."""
     if "\0" in path:
         raise ValueError("holds a NUL character")
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", path):

@@ -90,7 +90,6 @@ class Runner:
         self._sender = sender
         self._requests = requests
         self._concurrency = concurrency
-        self._max_attempts = max_attempts
         self._stop_seconds = stop_seconds
         self._on_settled = on_settled
         self._clock = clock
@@ -104,8 +103,9 @@ class Runner:
         self._workers: list[asyncio.Task[None]] = []
         self._stopping = asyncio.Event()
         self._signals = 0
-        self._has_dropped = False
-        """A row was left that should have been asked, or asked again."""
+        self._undecided = 0
+        """Rows that were drawn and that no attempt has decided yet."""
+        self._has_failed = False
         self.stop: Stop | None = None
         self.sent = 0
         """Attempts made."""
@@ -133,7 +133,7 @@ class Runner:
         return self.stop
 
     def _has_left(self) -> bool:
-        if self._has_dropped or self._waiting:
+        if self._undecided or self._has_failed:
             return True
         try:
             return next(self._requests, None) is not None
@@ -175,6 +175,7 @@ class Runner:
             if not self._is_exhausted and len(self._waiting) < _WAITING_PER_SLOT * self._concurrency:
                 request = next(self._requests, None)
                 if request is not None:
+                    self._undecided += 1
                     return _Work(now, next(self._order), request, tries=request.tries)
                 self._is_exhausted = True
             if not self._waiting:
@@ -183,21 +184,12 @@ class Runner:
         return None
 
     async def _attempt(self, work: _Work) -> None:
-        try:
-            await self._pacing.enter()
-        except asyncio.CancelledError:
-            self._has_dropped = True
-            raise
+        await self._pacing.enter()
         try:
             if self._stopping.is_set():
-                self._has_dropped = True
                 return
             intent = self._ledger.intent(self._run, work.request, work.tries + 1)
-            try:
-                await self._journal.intend(intent)
-            except asyncio.CancelledError:
-                self._has_dropped = True
-                raise
+            await self._journal.intend(intent)
             self.sent += 1
             work.tries += 1
             sent_at = self._clock()
@@ -213,7 +205,6 @@ class Runner:
         try:
             return await self._sender.send(intent)
         except BaseException as exc:
-            self._has_dropped = True
             why = _INTERRUPTED if isinstance(exc, asyncio.CancelledError) else f"{type(exc).__name__} while it was read"
             failure = Failure("interrupted", Action.RETRY, why)
             self._journal.settle(Settlement(intent, Exchange("unknown", failure=failure), now_us(), is_final=False))
@@ -229,6 +220,7 @@ class Runner:
             retry_after=failure.retry_after if failure is not None else None,
         )
         is_final, stop = self._decide(work, exchange)
+        self._undecided -= is_final
         settlement = Settlement(intent, exchange, now_us(), is_final)
         self._journal.settle(settlement)
         self._on_settled(settlement)
@@ -243,7 +235,6 @@ class Runner:
             return True, None
         match failure.action:
             case Action.STOP:
-                self._has_dropped = True
                 return False, _refused(failure)
             case Action.REJECT:
                 return True, stop or self._health.note_rejected(failure)
@@ -252,7 +243,6 @@ class Runner:
                     work.retry_state = self._retries.begin(work.started or self._clock())
                 wait = self._retries.wait(work.retry_state, exchange)
                 if stop is not None or self._stopping.is_set():
-                    self._has_dropped = True
                     return False, stop
                 if wait is not None:
                     work.due, work.order = self._clock() + wait, next(self._order)
@@ -260,7 +250,6 @@ class Runner:
                     return False, None
                 if is_providers_fault(failure) and not self._health.has_answered_since(work.started):
                     # No row fares better: more of them would only be used up against the same wall.
-                    self._has_dropped = True
                     return False, _unavailable(failure)
                 return True, None
 
@@ -276,7 +265,7 @@ class Runner:
                 frame = traceback.extract_tb(exc.__traceback__)[-1]
                 where = f"{frame.filename}:{frame.lineno}"
                 stop = Stop(ExitCode.BUG, "bug", f"a bug in batchrun: {type(exc).__name__}: {exc} ({where})")
-        self._has_dropped = True
+        self._has_failed = True
         self._halt(stop)
 
     # --- stopping -------------------------------------------------------------------------------------------
