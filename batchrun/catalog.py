@@ -1,4 +1,4 @@
-"""What a provider says of its own models: which are withdrawn, and which there are."""
+"""What a provider says of its own models: which there are, which are withdrawn, and what they cost."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ def model_advice(endpoint: Endpoint, model: str) -> str | None:
     AI/ML API lists withdrawn models with their successors (`GET /models/deprecations`); all providers list those that
     they have (`GET /models`).
     """
-    proxy = proxy_for(endpoint.base_url)
-    with httpx.Client(timeout=_SECONDS, headers=dict(endpoint.headers), trust_env=False, proxy=proxy) as client:
+    with _client(endpoint) as client:
         for entry in _entries(_fetch(client, endpoint.url("models/deprecations"))):
             if model in _names(entry) and entry.get("status") != "deprecated":
                 successor = entry.get("replaced_by")
@@ -39,7 +38,45 @@ def model_advice(endpoint: Endpoint, model: str) -> str | None:
     return f"the provider has no model {model!r}{nearest}"
 
 
+def price_list(endpoint: Endpoint, etag: str | None) -> tuple[bytes, str | None] | None:
+    """The provider's list of models with their prices, and its ETag; None if it cannot be had, or has not changed.
+
+    It is public, and asked for without the key.
+    """
+    if endpoint.price_query is None:
+        return None
+    url = httpx.URL(endpoint.url("models")).copy_merge_params(dict(endpoint.price_query))
+    with _client(endpoint, {"If-None-Match": etag} if etag else {}) as client:
+        found = _read(client, str(url))
+    return None if found is None or _parsed(found[0]) is None else found
+
+
+def model_entry(document: bytes, model: str) -> Mapping[str, Any] | None:
+    """A model's entry in a list of models, by its id or an alias; None if it is not there."""
+    entries = [entry for entry in _entries(_parsed(document)) if model in _names(entry)]
+    # An id that is another model's alias as well is that of its own entry.
+    return next((entry for entry in entries if entry.get("id") == model), entries[0] if entries else None)
+
+
+def _client(endpoint: Endpoint, headers: Mapping[str, str] | None = None) -> httpx.Client:
+    sent = dict(endpoint.headers) if headers is None else dict(headers)
+    return httpx.Client(timeout=_SECONDS, headers=sent, trust_env=False, proxy=proxy_for(endpoint.base_url))
+
+
 def _fetch(client: httpx.Client, url: str) -> Any:
+    found = _read(client, url)
+    return _parsed(found[0]) if found is not None else None
+
+
+def _parsed(body: bytes) -> Any:
+    try:
+        return parse_json(body)
+    except ValueError:
+        return None
+
+
+def _read(client: httpx.Client, url: str) -> tuple[bytes, str | None] | None:
+    """The body and the ETag of a 200; None for anything else."""
     end = time.monotonic() + _SECONDS
     body = bytearray()
     try:
@@ -50,9 +87,9 @@ def _fetch(client: httpx.Client, url: str) -> Any:
                 body += piece
                 if len(body) > _MOST_BYTES or time.monotonic() > end:
                     return None
-        return parse_json(bytes(body))
+            return bytes(body), response.headers.get("etag")
     except (httpx.HTTPError, httpx.InvalidURL, ValueError):
-        return None  # advice is worth no error of its own
+        return None  # advice is worth no error of its own, and a price has other sources
 
 
 def _entries(document: Any) -> Iterator[Mapping[str, Any]]:

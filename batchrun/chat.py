@@ -20,7 +20,8 @@ from httpx_aiohttp import AiohttpTransport
 
 from batchrun import __version__
 from batchrun.failures import read_failure, request_id_of
-from batchrun.money import LOCAL, NOT_BILLED, UNKNOWN, Cost, Price
+from batchrun.money import LOCAL, NOT_BILLED, UNKNOWN, Cost
+from batchrun.prices import Pricing, is_plausible
 from batchrun.providers import Endpoint, proxy_for
 from batchrun.records import Action, Answer, Exchange, Failure, Intent
 from batchrun.wire import AnswerReader
@@ -30,15 +31,13 @@ _KEEPALIVE_SECONDS = 15.0
 _ENCODINGS = ("gzip", "deflate", "identity", "")
 _HEADER_BYTES = 64 * 1024
 _MOST_ERROR_BYTES = 1024 * 1024
-# Estimate ÷ reported beyond these: AI/ML API's answers of 2025 held credits in the token fields, for one.
-_LEAST_RATIO, _MOST_RATIO = Decimal("0.2"), Decimal(5)
 
 
 class ChatSender:
     """Sends requests to one endpoint.
 
     Args:
-        price: of the job; used where the provider reports no cost.
+        pricing: used where the provider reports no cost.
         timeout_seconds: the whole of one attempt, keep-alives notwithstanding.
         transport: for tests; default is aiohttp's.
     """
@@ -51,7 +50,7 @@ class ChatSender:
         timeout_seconds: float,
         max_response_bytes: int,
         streamed: bool,
-        price: Price | None = None,
+        pricing: Pricing,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self._endpoint = endpoint
@@ -75,7 +74,7 @@ class ChatSender:
         self._timeout_seconds = timeout_seconds
         self._max_bytes = max_response_bytes
         self._streamed = streamed
-        self._price = price
+        self._pricing = pricing
         self._transport = transport or _transport(endpoint.base_url, concurrency)
         self._extensions = {"timeout": httpx.Timeout(None, connect=min(_CONNECT_SECONDS, timeout_seconds)).as_dict()}
 
@@ -114,7 +113,7 @@ class ChatSender:
             reception.broke = self._broken(exc, "timeout")
         except (httpx.TransportError, httpx.DecodingError, aiohttp.ClientError, OSError, ValueError) as exc:
             reception.broke = self._broken(exc, "disconnect")
-        return self._exchange(reception)
+        return self._exchange(reception, intent.sent_at)
 
     async def _receive(self, response: httpx.Response, reception: _Reception) -> None:
         encoding = reception.headers.get("content-encoding", "").lower().strip()
@@ -144,7 +143,7 @@ class ChatSender:
                 if reader.is_done:
                     return  # some servers keep the connection open after [DONE]
 
-    def _exchange(self, reception: _Reception) -> Exchange:
+    def _exchange(self, reception: _Reception, sent_at: int) -> Exchange:
         received = b"".join(reception.pieces)
         raw = self._scrubbed(received)
         latency = time.monotonic() - reception.started
@@ -177,13 +176,14 @@ class ChatSender:
             reader.feed(raw)
         result = reader.close(reception.broke)
         if isinstance(result, Answer):
+            estimate = self._pricing.usd(result.usage, sent_at)
             return replace(
                 base,
                 outcome="ok",
                 answer=result,
                 usage=result.usage,
-                cost=self._cost(result),
-                flags=self._flags(result),
+                cost=self._cost(result, estimate),
+                flags=self._flags(result, estimate),
                 request_id=base.request_id or result.answer_id,
             )
         never_came = result is reception.broke or result.kind == "incomplete_stream"
@@ -199,19 +199,19 @@ class ChatSender:
     def _reader(self, reception: _Reception) -> AnswerReader:
         return AnswerReader(reception.headers, streamed=self._streamed, cost_in_usage=self._endpoint.cost_in_usage)
 
-    def _cost(self, answer: Answer) -> Cost:
+    def _cost(self, answer: Answer, estimate: Decimal | None) -> Cost:
         if self._endpoint.name == "local":
             return LOCAL
         if answer.usd is not None:
             return Cost(answer.usd, answer.usd_source)
-        if self._price is not None and (usd := self._price.usd(answer.usage)) is not None:
-            return Cost(usd, "job")
-        return LOCAL if self._endpoint.is_free and self._price is None else UNKNOWN
+        if self._pricing.source == "local":
+            return LOCAL
+        return Cost(estimate, self._pricing.source) if estimate is not None else UNKNOWN
 
-    def _flags(self, answer: Answer) -> tuple[str, ...]:
+    @staticmethod
+    def _flags(answer: Answer, estimate: Decimal | None) -> tuple[str, ...]:
         """The answer's own, and whether its reported cost is far from what its tokens should cost."""
-        estimate = self._price.usd(answer.usage) if self._price is not None else None
-        if estimate and answer.usd and not _LEAST_RATIO <= estimate / answer.usd <= _MOST_RATIO:
+        if estimate and answer.usd and not is_plausible(estimate, answer.usd):
             return (*answer.flags, "suspicious_cost")
         return answer.flags
 
@@ -220,7 +220,7 @@ class ChatSender:
         usd, source = reader.reported_cost()
         if usd is not None:
             return Cost(usd, source)
-        if self._endpoint.is_free and self._price is None:
+        if self._pricing.source == "local":
             return LOCAL
         return NOT_BILLED if reader.is_bare_error else UNKNOWN
 

@@ -23,6 +23,7 @@ Exit codes:
   0    every row has an answer
   1    finished; some rows failed, or the input changed while the run was going on
   2    the job, its input or the command line is wrong; nothing was sent
+  3    stopped by the job's budget; what was done is kept
   4    the provider refused the account, or the first 20 rows in the same words, or cannot
        be reached; what was done is kept
   5    another process holds this job's ledger
@@ -78,10 +79,16 @@ def cli() -> None:
 @cli.command()
 @_JOB
 @click.option("--retry-failed", is_flag=True, help="Ask the failed rows again.")
+@click.option(
+    "--sample",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Ask N random rows only, and project what the whole run will take; the next call goes on with it.",
+)
 @_AS_JSON
 @click.option("--quiet", "-q", is_flag=True, help="No progress and no summary on stderr; errors only.")
 @_ADOPT
-def run(job: Path, retry_failed: bool, as_json: bool, quiet: bool, adopt_ledger: bool) -> None:
+def run(job: Path, retry_failed: bool, sample: int | None, as_json: bool, quiet: bool, adopt_ledger: bool) -> None:
     """Run a job, or go on with its unfinished run (the default command)."""
     from batchrun.job import load_job
     from batchrun.lock import held
@@ -92,7 +99,7 @@ def run(job: Path, retry_failed: bool, as_json: bool, quiet: bool, adopt_ledger:
 
         summary = run(
             loaded,
-            Options(retry_failed=retry_failed, adopt_ledger=adopt_ledger),
+            Options(retry_failed=retry_failed, adopt_ledger=adopt_ledger, sample=sample),
             os.environ,
             say=_silent if quiet else _say,
             stream=None if quiet else sys.stderr,

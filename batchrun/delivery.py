@@ -7,18 +7,20 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from batchrun import accounts
 from batchrun.answers import Results
 from batchrun.errors import BrokenPromiseError, ExitCode
-from batchrun.ledger import Ledger, Run
+from batchrun.ledger_view import LedgerView, Run
 from batchrun.money import usd_text
 from batchrun.plan import Plan
 from batchrun.sink import write_parquet
+from batchrun.spending import over_cap
 from batchrun.summary import Summary, exact_json
 
 _PIECE_BYTES = 32 * 1024 * 1024
 
 
-def summarise(plan: Plan, ledger: Ledger, run: Run, rows: int) -> Summary:
+def summarise(plan: Plan, ledger: LedgerView, run: Run, rows: int) -> Summary:
     """What the ledger says of a run; how it ended is for the caller to fill in."""
     return Summary(
         job=plan.job.name,
@@ -26,17 +28,18 @@ def summarise(plan: Plan, ledger: Ledger, run: Run, rows: int) -> Summary:
         provider=plan.endpoint.name,
         model=plan.job.model,
         rows=rows,
-        totals=ledger.totals(run),
+        totals=accounts.totals(ledger, run),
         exit_code=ExitCode.OK,
         reason=None,
         output=None,
         ledger=str(ledger.path),
         seconds=0.0,
         sent=0,
+        over_cap=over_cap(plan, ledger, run),
     )
 
 
-def write_output(plan: Plan, ledger: Ledger, run: Run, output: Path, summary: Summary) -> None:
+def write_output(plan: Plan, ledger: LedgerView, run: Run, output: Path, summary: Summary) -> None:
     """Write the Parquet of a run.
 
     Raises:
@@ -70,7 +73,7 @@ def write_output(plan: Plan, ledger: Ledger, run: Run, output: Path, summary: Su
     write_parquet(output, plan.schema, batches(), manifest)
 
 
-def _pieces(ledger: Ledger, run: Run, start: int, stop: int) -> Iterator[tuple[int, int]]:
+def _pieces(ledger: LedgerView, run: Run, start: int, stop: int) -> Iterator[tuple[int, int]]:
     """Ranges of rows whose answers fit into memory together, halved until they do."""
     if stop - start > 1 and ledger.answer_bytes(run, start, stop) > _PIECE_BYTES:
         middle = (start + stop) // 2

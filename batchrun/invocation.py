@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -10,17 +11,22 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import IO
 
-from batchrun import local
+from batchrun import accounts, local
+from batchrun.budget import Budget
 from batchrun.delivery import summarise, write_output
 from batchrun.errors import BatchrunError, BrokenPromiseError, ExitCode, JobError, StorageError
 from batchrun.job import Job
-from batchrun.ledger import Ledger, Run
-from batchrun.money import Price, usd_text
+from batchrun.ledger import Ledger
+from batchrun.ledger_view import Run
+from batchrun.money import usd_text
 from batchrun.plan import Plan, place
+from batchrun.prices import Pricing
 from batchrun.progress import Progress
+from batchrun.projection import Projection, project
 from batchrun.records import Request
 from batchrun.runner import Runner, Stop
 from batchrun.sink import check_writable
+from batchrun.spending import cap_reached, open_budget, pricing_of
 from batchrun.summary import Summary
 
 _OTHER_FILES = 64
@@ -33,6 +39,8 @@ class Options:
 
     retry_failed: bool = False
     adopt_ledger: bool = False
+    sample: int | None = None
+    """Ask so many random rows only."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +49,18 @@ class _Ended:
 
     stop: Stop | None = None
     sent: int = 0
+
+
+@dataclass(frozen=True)
+class _Context:
+    """What an invocation works with."""
+
+    plan: Plan
+    ledger: Ledger
+    run: Run
+    options: Options
+    say: Say
+    stream: IO[str] | None
 
 
 def run(job: Job, options: Options, environ: Mapping[str, str], *, say: Say, stream: IO[str] | None) -> Summary:
@@ -56,21 +76,27 @@ def run(job: Job, options: Options, environ: Mapping[str, str], *, say: Say, str
     began = time.monotonic()
     plan = Plan.to_run(job, environ)
     _allow_connections(job.concurrency)
-    opened = Ledger.open(job.ledger_path, job_name=job.name, job_path=job.path, adopt=options.adopt_ledger)
+    opened = Ledger.open(
+        job.ledger_path,
+        job_name=job.name,
+        job_path=job.path,
+        adopt=options.adopt_ledger,
+        is_durable=job.budget is not None,
+    )
     with closing(opened) as ledger:
         current = _choose_run(ledger, options)
         check_writable(plan.output_path(current), None if options.adopt_ledger else job.name)
-        prices = job.prices.model_dump(mode="json") if job.prices else None
-        ledger.begin_invocation(current, job=job.snapshot(), endpoint=plan.endpoint.identity, prices=prices)
+        ledger.begin_invocation(current, job=job.snapshot(), endpoint=plan.endpoint.identity)
+        context = _Context(plan, ledger, current, options, say, stream)
         with _end_recorded(ledger, current):
             rows = place(plan, ledger, current)
             settled = _announce(ledger, current, rows, say)
-            ended = _ask(plan, ledger, current, rows, settled, options, say, stream)
+            ended = _ask(context, rows, settled)
             if ended.stop is not None:
                 say(ended.stop.message)
             if ended.stop is not None and ended.stop.reason == "auth" and plan.endpoint.key_variable:
                 say(f"look at the key in {plan.endpoint.key_variable}, then run again to go on")
-            summary = _finish(plan, ledger, current, rows, ended, say)
+            summary = _finish(context, rows, ended)
         summary = replace(summary, seconds=time.monotonic() - began)
     return _with_advice(plan, summary)
 
@@ -114,35 +140,46 @@ def _announce(ledger: Ledger, current: Run, rows: int, say: Say) -> int:
     return ok + failed
 
 
-def _ask(
-    plan: Plan,
-    ledger: Ledger,
-    current: Run,
-    rows: int,
-    settled: int,
-    options: Options,
-    say: Say,
-    stream: IO[str] | None,
-) -> _Ended:
+def _ask(context: _Context, rows: int, settled: int) -> _Ended:
     """Send what is missing."""
-    pending = plan.pending(ledger, current, retry_failed=options.retry_failed)
+    plan, ledger, current, options = context.plan, context.ledger, context.run, context.options
+    only = None
+    if options.sample is not None:
+        only = _draw(plan.pending_rows(ledger, current, rows, retry_failed=options.retry_failed), options.sample)
+    pending = plan.pending(ledger, current, retry_failed=options.retry_failed, only=only)
     first = next(pending, None)
     if first is None:
         return _Ended()
+    pricing = pricing_of(plan, ledger)
+    budget, refusal = open_budget(plan, ledger, current, pricing)
+    if refusal is not None:
+        return _Ended(refusal)
     server = None
     if plan.weights is not None:
         server, address = local.start(plan.weights, plan.job.concurrency)
         plan.endpoint = replace(plan.endpoint, base_url=address)
     progress = None
-    if stream is not None:
-        usd, tokens = ledger.spent(current)
-        progress = Progress(stream, total=rows, settled=settled, usd=usd, tokens=tokens)
+    if context.stream is not None:
+        usd, tokens = accounts.spent(ledger, current)
+        total = rows if only is None else min(rows, settled + len(only))
+        progress = Progress(context.stream, total=total, rows=rows, settled=settled, usd=usd, tokens=tokens)
     try:
-        return asyncio.run(_drive(plan, ledger, current, _chain(first, pending), say, progress))
+        return asyncio.run(_drive(context, _chain(first, pending), pricing, budget, progress))
     finally:
         if progress is not None:
             progress.close()
         del server
+
+
+def _draw(rows: Iterator[int], number: int) -> set[int]:
+    """So many of the rows, each with the same chance; memory is bounded by their number."""
+    drawn: list[int] = []
+    for count, row in enumerate(rows):
+        if count < number:
+            drawn.append(row)
+        elif (place := random.randrange(count + 1)) < number:
+            drawn[place] = row
+    return set(drawn)
 
 
 def _chain(first: Request, rest: Iterator[Request]) -> Iterator[Request]:
@@ -151,24 +188,25 @@ def _chain(first: Request, rest: Iterator[Request]) -> Iterator[Request]:
 
 
 async def _drive(
-    plan: Plan, ledger: Ledger, current: Run, requests: Iterator[Request], say: Say, progress: Progress | None
+    context: _Context, requests: Iterator[Request], pricing: Pricing, budget: Budget, progress: Progress | None
 ) -> _Ended:
     from batchrun.chat import ChatSender
 
-    job = plan.job
+    job = context.plan.job
     async with ChatSender(
-        plan.endpoint,
+        context.plan.endpoint,
         concurrency=job.concurrency,
         timeout_seconds=job.timeout_seconds,
         max_response_bytes=job.max_response_bytes,
         streamed=job.stream,
-        price=Price(**job.prices.model_dump()) if job.prices else None,
+        pricing=pricing,
     ) as sender:
         runner = Runner(
-            ledger,
-            current,
+            context.ledger,
+            context.run,
             sender,
             requests,
+            budget,
             concurrency=job.concurrency,
             max_attempts=job.retry.max_attempts,
             max_seconds=job.retry.max_seconds,
@@ -176,7 +214,7 @@ async def _drive(
             on_settled=progress.settle if progress is not None else lambda settlement: None,
         )
         ticking = asyncio.create_task(_tick(progress)) if progress is not None else None
-        with _signals_to(runner, job.stop_seconds, say):
+        with _signals_to(runner, job.stop_seconds, context.say):
             try:
                 stop = await runner.run()
             finally:
@@ -216,8 +254,9 @@ async def _tick(progress: Progress) -> None:
         progress.tick()
 
 
-def _finish(plan: Plan, ledger: Ledger, current: Run, rows: int, ended: _Ended, say: Say) -> Summary:
+def _finish(context: _Context, rows: int, ended: _Ended) -> Summary:
     """Write the output and settle how the invocation ended."""
+    plan, ledger, current, say = context.plan, context.ledger, context.run, context.say
     stop = ended.stop
     is_broken = stop is not None and stop.exit_code in (ExitCode.STORAGE, ExitCode.BUG)
     is_changed = stop is not None and stop.reason == "input_changed"
@@ -236,8 +275,17 @@ def _finish(plan: Plan, ledger: Ledger, current: Run, rows: int, ended: _Ended, 
             stop = stop or Stop(ExitCode.ROWS_FAILED, "input_changed", str(exc))
             say(f"{exc}; the answers are kept, and `batchrun export` writes them once the input can be read")
     summary = replace(summarise(plan, ledger, current, rows), sent=ended.sent)
-    exit_code, reason = _outcome(summary, stop, is_changed)
-    summary = replace(summary, exit_code=exit_code, reason=reason)
+    is_sample = context.options.sample is not None
+    exit_code, reason = _outcome(summary, stop, is_changed=is_changed, is_sample=is_sample)
+    summary = replace(
+        summary,
+        exit_code=exit_code,
+        reason=reason,
+        projection=_projected(summary, ledger, plan.job.concurrency) if is_sample else None,
+    )
+    if stop is not None and stop.reason == "budget":
+        for line in cap_reached(plan, ledger, current, summary):
+            say(line)
     is_whole = summary.pending == 0
     is_wanted = (is_whole or plan.job.output.partial) and not (stop is not None and stop.is_immediate)
     if is_wanted and is_readable and not is_broken:
@@ -248,11 +296,29 @@ def _finish(plan: Plan, ledger: Ledger, current: Run, rows: int, ended: _Ended, 
     return summary
 
 
-def _outcome(summary: Summary, stop: Stop | None, is_changed: bool) -> tuple[ExitCode, str | None]:
+def _projected(summary: Summary, ledger: Ledger, concurrency: int) -> Projection:
+    """What the whole run will take, by the rows that this invocation has asked."""
+    costs = accounts.row_costs(ledger, ledger.invocation)
+    left = summary.pending
+    dollars = [float(cost.usd) for cost in costs if cost.usd is not None]
+    usd = project(dollars, left)
+    tokens = project([float(cost.total_tokens) for cost in costs], left)
+    seconds = project([cost.seconds for cost in costs], left)
+    return Projection(
+        rows=len(costs),
+        usd=usd.plus(float(summary.totals.usd)) if usd is not None else None,
+        total_tokens=tokens.plus(summary.totals.total_tokens) if tokens is not None else None,
+        seconds=seconds.times(1 / concurrency) if seconds is not None else None,
+    )
+
+
+def _outcome(summary: Summary, stop: Stop | None, *, is_changed: bool, is_sample: bool) -> tuple[ExitCode, str | None]:
     if stop is not None:
         return stop.exit_code, stop.reason
     if is_changed:
         return ExitCode.ROWS_FAILED, "input_changed"
+    if summary.pending and is_sample:
+        return (ExitCode.ROWS_FAILED if summary.totals.failed else ExitCode.OK), "sample"
     if summary.pending:
         raise BrokenPromiseError(
             f"promise 1 (every slot ends in one state): {summary.pending} of {summary.rows} rows are neither answered "

@@ -177,6 +177,20 @@ class PricesSetting(_Setting):
     cache_write_mtok: Annotated[Decimal, Field(ge=0, allow_inf_nan=False)] | None = None
 
 
+class BudgetSetting(_Setting):
+    """The most that may be spent: what was spent and what may still be on the bill, together."""
+
+    usd: Annotated[Decimal, Field(ge=0, le=9_000_000, allow_inf_nan=False)] = Field(description="The cap, in dollars.")
+    per: Literal["run", "day", "month"] = Field(
+        "run", description="What the cap is for: a run with all its invocations, or a UTC day or month of all runs."
+    )
+    factor: Annotated[Decimal, Field(ge=1, le=1000, allow_inf_nan=False)] | None = Field(
+        None,
+        description="What the worst case of a request is multiplied by, for a provider that charges more than its "
+        "prices say. Default: 1; 1.5 for prices of the bundled library until a cost was reported.",
+    )
+
+
 class OutputSetting(_Setting):
     """Where the answers go."""
 
@@ -232,7 +246,7 @@ class Job(_Setting):
     )
     max_response_bytes: int = Field(32 * 1024 * 1024, ge=1024, description="The most bytes of one answer.")
     retry: RetrySetting = RetrySetting()
-    budget: Any = Field(None, description=_NOT_YET)
+    budget: BudgetSetting | None = None
     prices: PricesSetting | None = None
     reuse: bool = Field(False, description=_NOT_YET)
     labels: Any = Field(None, description=_NOT_YET)
@@ -243,9 +257,7 @@ class Job(_Setting):
 
     _path: Path = PrivateAttr(default=Path("job.yaml"))
 
-    @field_validator(
-        "requests_per_minute", "tokens_per_minute", "budget", "labels", "schema_", "evaluate", mode="before"
-    )
+    @field_validator("requests_per_minute", "tokens_per_minute", "labels", "schema_", "evaluate", mode="before")
     @classmethod
     def _later(cls, value: Any) -> Any:
         if value is not None:
@@ -405,6 +417,7 @@ _MODELS: dict[tuple[str, ...], type[BaseModel]] = {
     ("provider",): ProviderSetting,
     ("retry",): RetrySetting,
     ("prices",): PricesSetting,
+    ("budget",): BudgetSetting,
     ("output",): OutputSetting,
 }
 
@@ -429,7 +442,7 @@ def _fault(document: Document, error: Any) -> str:
         case _ if path[:2] == ("input", "columns"):
             return f"{where}input.columns: should be a list of names, or a map of names to types (is {_shown(value)})"
         case "model_type" | "model_attributes_type":
-            forms = "a mapping" if name in ("retry", "prices") else "text or a mapping"
+            forms = "a mapping" if name in ("retry", "prices", "budget") else "text or a mapping"
             return f"{where}{name}: should be {forms} (is {_shown(value)})"
         case _:
             said = error["msg"].replace("Input should be", "should be").replace("String should", "should")

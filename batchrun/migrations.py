@@ -85,6 +85,37 @@ _MIGRATIONS: tuple[str, ...] = (
         PRIMARY KEY (run, row_index, model, sample)
     ) STRICT, WITHOUT ROWID;
     """,
+    """
+    ALTER TABLE attempt ADD COLUMN request_bytes INTEGER;
+    ALTER TABLE attempt ADD COLUMN reserved_pico INTEGER;   -- the most it could cost when it was sent; null: unknown
+    ALTER TABLE attempt ADD COLUMN seal INTEGER;            -- a hash of the settled attempt, its answer included
+    ALTER TABLE run ADD COLUMN attempts INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE run ADD COLUMN settled INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE run ADD COLUMN seals INTEGER NOT NULL DEFAULT 0;    -- sum of its attempts' seals, modulo 2^62
+    UPDATE run SET attempts = (SELECT count(*) FROM attempt WHERE attempt.run = run.run),
+        settled = (SELECT count(outcome) FROM attempt WHERE attempt.run = run.run);
+    CREATE TABLE correction (                     -- what was learnt of an attempt's cost after it was settled
+        attempt_id INTEGER PRIMARY KEY REFERENCES attempt,
+        usd_pico INTEGER NOT NULL,
+        cost_source TEXT NOT NULL,
+        origin TEXT NOT NULL CHECK (origin IN ('reconcile', 'reprice')),
+        corrected_at INTEGER NOT NULL
+    ) STRICT;
+    CREATE TABLE price_list (                     -- the provider's published list, as it came last
+        url TEXT PRIMARY KEY,
+        etag TEXT,
+        fetched_at INTEGER NOT NULL,
+        body BLOB NOT NULL                        -- zstd
+    ) STRICT;
+    CREATE VIEW charged AS
+        SELECT attempt.attempt_id, run, invocation, row_index, model, sample, key, number, client_request_id, sent_at,
+            settled_at, outcome, final, status, error_kind, error, prompt_tokens, completion_tokens, total_tokens,
+            cached_tokens, cache_write_tokens, reasoning_tokens, request_id, latency_us, first_token_us, streamed,
+            flags, request_bytes, reserved_pico, origin,
+            coalesce(correction.usd_pico, attempt.usd_pico) AS usd_pico,
+            coalesce(correction.cost_source, attempt.cost_source) AS cost_source
+        FROM attempt LEFT JOIN correction ON correction.attempt_id = attempt.attempt_id;
+    """,
 )
 
 
@@ -94,7 +125,23 @@ def migrate(db: sqlite3.Connection, path: Path) -> None:
     Raises:
         StorageError: it is no ledger, or one of a newer batchrun.
     """
-    version = db.execute("PRAGMA user_version").fetchone()[0]
+    for number, script in enumerate(_MIGRATIONS[_version(db, path) :], _version(db, path) + 1):
+        db.executescript(f"BEGIN IMMEDIATE; {script} PRAGMA user_version = {number}; COMMIT;")
+
+
+def check_version(db: sqlite3.Connection, path: Path) -> None:
+    """Refuse a ledger that is not of the present version, without changing it.
+
+    Raises:
+        StorageError: it is no ledger, or of another version.
+    """
+    version = _version(db, path)
+    if version < len(_MIGRATIONS):
+        raise StorageError(f"{path} was written by an older batchrun: `batchrun export` brings it up to date")
+
+
+def _version(db: sqlite3.Connection, path: Path) -> int:
+    version: int = db.execute("PRAGMA user_version").fetchone()[0]
     if version == 0 and db.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone():
         raise StorageError(f"{path} is another program's database: set `ledger:` to another path")
     if version > len(_MIGRATIONS):
@@ -102,5 +149,4 @@ def migrate(db: sqlite3.Connection, path: Path) -> None:
             f"{path} was written by a newer batchrun (ledger version {version}, this one knows "
             f"{len(_MIGRATIONS)}): update batchrun"
         )
-    for number, script in enumerate(_MIGRATIONS[version:], version + 1):
-        db.executescript(f"BEGIN IMMEDIATE; {script} PRAGMA user_version = {number}; COMMIT;")
+    return version

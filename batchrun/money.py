@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from decimal import ROUND_HALF_EVEN, Decimal, InvalidOperation, localcontext
 
-from batchrun.usage import Usage
-
 PICO_PER_USD = 10**12
 CREDITS_PER_USD = 2_000_000
 """AI/ML API: $1 = 2,000,000 credits."""
 
 _MOST_USD = Decimal(9_000_000)  # a 64-bit integer of pico-dollars ends at 9.2 million
 _MOST = Decimal(10**18)
+
+ESTIMATED = ("job", "provider_list", "library")
+"""Sources of an amount that we derive from tokens; the provider's own word beats it."""
 
 # From the best known to the least: a row's cost_source is its weakest.
 COST_SOURCES = (
@@ -102,29 +103,3 @@ def usd_text(usd: Decimal) -> str:
     """
     text = format(usd, "f")
     return text.rstrip("0").rstrip(".") if "." in text else text
-
-
-@dataclass(frozen=True, slots=True)
-class Price:
-    """Dollars per million tokens; a cache price that is not set is that of ordinary input."""
-
-    input_mtok: Decimal
-    output_mtok: Decimal
-    cache_read_mtok: Decimal | None = None
-    cache_write_mtok: Decimal | None = None
-
-    def usd(self, usage: Usage) -> Decimal | None:
-        """Price an answer's counts; None if they are unknown or all zero.
-
-        >>> Price(Decimal(3), Decimal(15)).usd(Usage(1000, 500))
-        Decimal('0.0105')
-        """
-        output = usage.billable_output
-        if usage.prompt_tokens is None or output is None or usage.is_zero:
-            return None
-        cached, written = usage.cached_tokens or 0, usage.cache_write_tokens or 0
-        read = self.input_mtok if self.cache_read_mtok is None else self.cache_read_mtok
-        write = self.input_mtok if self.cache_write_mtok is None else self.cache_write_mtok
-        fresh = usage.prompt_tokens - cached - written
-        total = fresh * self.input_mtok + cached * read + written * write + output * self.output_mtok
-        return usd_from_wire(total / 1_000_000)

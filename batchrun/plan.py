@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from hashlib import blake2b
@@ -15,13 +15,16 @@ from batchrun import local
 from batchrun.answers import result_schema
 from batchrun.errors import InputError, JobError
 from batchrun.job import Job
-from batchrun.ledger import Ledger, Run
+from batchrun.ledger import Ledger
+from batchrun.ledger_view import LedgerView, Run, SlotState
 from batchrun.providers import Endpoint, resolve
 from batchrun.records import Request, RowFault, Slot
 from batchrun.sink import check_schema
 from batchrun.source import Batch, Source
 from batchrun.template import NotRenderedError, Template
 from batchrun.uniqueness import UniqueValues
+
+_STATES_AT_ONCE = 10_000
 
 
 class Plan:
@@ -30,6 +33,8 @@ class Plan:
     Attributes:
         model: what requests call the model; for a GGUF file its name, not its path.
         weights: of the embedded server, if the job uses it and it is to be started.
+        unbounded_row: the first row whose request sets no bound on its answer; known once all rows were read.
+        outside_row: the first row whose request has the model read something that it does not hold.
 
     Raises:
         JobError: whatever keeps the job from being run.
@@ -40,6 +45,8 @@ class Plan:
         self.endpoint = endpoint
         self.model = model
         self.weights = weights
+        self.unbounded_row: int | None = None
+        self.outside_row: int | None = None
         self.source = Source(job)
         self.template = Template(job, self.source.columns, endpoint, model)
         self.result_schema = result_schema(streamed=job.stream, prefix=job.output.prefix)
@@ -99,17 +106,30 @@ class Plan:
                             f"input.id: the value {row[name]!r} of the column {name!r} stands twice: in the rows "
                             f"{earlier + 1} and {row_index + 1} of {self.source.file_names}"
                         )
-                yield self._request(row_index, row)
+                request = self._request(row_index, row)
+                if isinstance(request, Request):
+                    self._note_bounds(request)
+                yield request
 
-    def pending(self, ledger: Ledger, run: Run, *, retry_failed: bool) -> Iterator[Request]:
-        """The slots that the ledger lacks an answer to, in order."""
+    def _note_bounds(self, request: Request) -> None:
+        if request.most_completion_tokens is None and self.unbounded_row is None:
+            self.unbounded_row = request.slot.row_index
+        if not request.is_self_contained and self.outside_row is None:
+            self.outside_row = request.slot.row_index
+
+    def pending(
+        self, ledger: LedgerView, run: Run, *, retry_failed: bool, only: Container[int] | None = None
+    ) -> Iterator[Request]:
+        """The slots that the ledger lacks an answer to, in order; of the rows in `only`, if it is given."""
         for batch in self.source.batches(self.template.columns):
             stop = batch.start + batch.rows.num_rows
             states = ledger.states(run, batch.start, stop)
             wanted = {}
             for row_index in range(batch.start, stop):
+                if only is not None and row_index not in only:
+                    continue
                 state = states.get(Slot(row_index, self.model))
-                if state is None or not (state.is_answered or (state.is_failed and not (retry_failed and state.tries))):
+                if _is_wanted(state, retry_failed):
                     wanted[row_index] = state.tries if state else 0
             if not wanted:
                 continue
@@ -118,6 +138,15 @@ class Plan:
                     request = self._request(row_index, row)
                     if isinstance(request, Request):
                         yield replace(request, tries=wanted[row_index])
+
+    def pending_rows(self, ledger: LedgerView, run: Run, rows: int, *, retry_failed: bool) -> Iterator[int]:
+        """The rows that `pending` would ask, without reading them."""
+        for start in range(0, rows, _STATES_AT_ONCE):
+            stop = min(rows, start + _STATES_AT_ONCE)
+            states = ledger.states(run, start, stop)
+            yield from (
+                row for row in range(start, stop) if _is_wanted(states.get(Slot(row, self.model)), retry_failed)
+            )
 
     def _request(self, row_index: int, row: Mapping[str, Any]) -> Request | RowFault:
         try:
@@ -133,6 +162,10 @@ class Plan:
         if self.source.is_own_output:
             mend += f", or drop them by input: {{columns: {{{doubled[0]}: null, …}}}}"
         raise JobError(f"the input has columns named like results ({', '.join(doubled)}): {mend}")
+
+
+def _is_wanted(state: SlotState | None, retry_failed: bool) -> bool:
+    return state is None or not (state.is_answered or (state.is_failed and not (retry_failed and state.tries)))
 
 
 def _plain_rows(batch: Batch, columns: list[str]) -> list[dict[str, Any]]:
@@ -156,7 +189,13 @@ def place(plan: Plan, ledger: Ledger, run: Run) -> int:
     found = {"files": plan.source.fingerprint(), "shape": blake2b(repr(shape).encode(), digest_size=16).hexdigest()}
     placed = ledger.placed_input(run)
     # A run that has sent nothing is read anew: there is nothing to save, and the warnings must be seen again.
-    if placed is not None and not run.is_new and {name: placed[name] for name in found} == found:
+    if (
+        placed is not None
+        and not run.is_new
+        and {name: placed.get(name) for name in found} == found
+        and "bounds" in placed
+    ):
+        plan.unbounded_row, plan.outside_row = placed["bounds"]
         ledger.keep_input(run)
         return int(placed["rows"])
-    return ledger.place(run, plan.requests(), found)
+    return ledger.place(run, plan.requests(), lambda: {**found, "bounds": [plan.unbounded_row, plan.outside_row]})

@@ -13,6 +13,8 @@ from batchrun.money import usd_text
 from batchrun.records import Settlement
 
 _LINE_SECONDS = 30.0
+_ENOUGH = 20
+"""Rows from which on a rate says something."""
 _USUAL_WIDTH, _USUAL_HEIGHT = 100, 24
 
 
@@ -20,7 +22,8 @@ class Progress:
     """Counts settlements and shows them.
 
     Args:
-        total: rows of the input.
+        total: rows that are to be settled.
+        rows: of the whole input, which the projected total is for.
         settled: rows that were settled before.
         usd, tokens: what the run had spent before.
     """
@@ -30,6 +33,7 @@ class Progress:
         stream: IO[str],
         *,
         total: int,
+        rows: int,
         settled: int,
         usd: Decimal,
         tokens: int = 0,
@@ -38,12 +42,13 @@ class Progress:
         self._stream = stream
         self._clock = clock
         self._total = total
+        self._rows = rows
         self._settled = settled
         self._begun = self._line_at = clock()
         self._before = settled
         self._failed = self._retries = 0
         self._tokens = tokens
-        self._usd = usd
+        self._usd = self._usd_before = usd
         self._bar: Any = None
         if stream.isatty():
             from tqdm import tqdm
@@ -91,8 +96,16 @@ class Progress:
 
     def _facts(self) -> str:
         # Dollars first: a narrow terminal cuts the end off, and half an amount reads as a whole one.
-        usd = usd_text(round(self._usd, 6))
-        return f"${usd}, {self._failed} failed, {self._retries} retries, {self._tokens} tokens"
+        usd = f"${usd_text(round(self._usd, 6))}{self._projected()}"
+        return f"{usd}, {self._failed} failed, {self._retries} retries, {self._tokens} tokens"
+
+    def _projected(self) -> str:
+        """What the whole run will cost, at the rate of what this invocation has settled."""
+        here = self._settled - self._before
+        spent = self._usd - self._usd_before
+        if here < _ENOUGH or not spent or self._settled >= self._rows:
+            return ""
+        return f" of about ${usd_text(round(self._usd + spent / here * (self._rows - self._settled), 4))}"
 
     def _line(self) -> str:
         rate = (self._settled - self._before) / max(1e-9, self._clock() - self._begun)

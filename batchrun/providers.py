@@ -27,13 +27,23 @@ class Provider:
     """`usage.cost` is this provider's own charge (OpenRouter), not an upstream's."""
     is_free: bool = False
     """Runs on the user's own machines: nobody bills by token."""
+    price_query: Mapping[str, str] | None = None
+    """What `GET /models` must be asked to list prices; None for a provider that publishes none there."""
+    has_logs: bool = False
+    """`GET /v2/logs` lists what each request was billed, by our own request id (AI/ML API)."""
 
 
 PROVIDERS: Mapping[str, Provider] = {
     # Its two generations of request schema differ in `stream_options`, so it is not sent unless asked for.
-    "aimlapi": Provider("https://api.aimlapi.com/v1", "AIML_API_KEY", include_usage=False),
+    "aimlapi": Provider(
+        "https://api.aimlapi.com/v1",
+        "AIML_API_KEY",
+        include_usage=False,
+        price_query={"include": "pricing"},
+        has_logs=True,
+    ),
     "openai": Provider("https://api.openai.com/v1", "OPENAI_API_KEY"),
-    "openrouter": Provider("https://openrouter.ai/api/v1", "OPENROUTER_API_KEY", cost_in_usage=True),
+    "openrouter": Provider("https://openrouter.ai/api/v1", "OPENROUTER_API_KEY", cost_in_usage=True, price_query={}),
     "deepseek": Provider("https://api.deepseek.com/v1", "DEEPSEEK_API_KEY"),
     "groq": Provider("https://api.groq.com/openai/v1", "GROQ_API_KEY"),
     "together": Provider("https://api.together.xyz/v1", "TOGETHER_API_KEY"),
@@ -60,6 +70,8 @@ class Endpoint:
     include_usage: bool
     cost_in_usage: bool
     is_free: bool
+    price_query: Mapping[str, str] | None = None
+    has_logs: bool = False
     key_variable: str | None = None
     """The environment variable that the key was read from."""
     headers: Mapping[str, str] = field(repr=False, default_factory=dict)
@@ -181,6 +193,8 @@ def resolve(
         include_usage=known.include_usage if include_usage is None else include_usage,
         cost_in_usage=known.cost_in_usage,
         is_free=known.is_free,
+        price_query=known.price_query,
+        has_logs=known.has_logs,
         key_variable=variable if "Authorization" in filled else None,
         headers=filled,
         secrets=tuple(value for value in environment.values if len(value) >= _SHORTEST_SECRET),

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from decimal import Decimal
 from enum import Enum
 from typing import NamedTuple
 
 from batchrun.money import UNKNOWN, Cost
 from batchrun.usage import Usage
+
+
+def now_us() -> int:
+    """Microseconds since 1970, UTC."""
+    return int(datetime.now(UTC).timestamp() * 1_000_000)
 
 
 class Slot(NamedTuple):
@@ -81,6 +87,12 @@ class Request:
     body: bytes
     tries: int = 0
     """Attempts that the slot has had already."""
+    messages: int = 1
+    """Messages of the conversation."""
+    most_completion_tokens: int | None = None
+    """The longest answer that the request allows; None if it sets no bound."""
+    is_self_contained: bool = True
+    """False if it names something outside, such as an image by its address: its bytes bound no tokens then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +121,16 @@ class Exchange:
 
 
 @dataclass(frozen=True, slots=True)
+class Reservation:
+    """Dollars set aside for an attempt before it is sent."""
+
+    pico: int | None
+    """The most it can cost, in pico-dollars; None if that is not known."""
+    made_at: int
+    """Microseconds since 1970, UTC; the attempt's `sent_at`."""
+
+
+@dataclass(frozen=True, slots=True)
 class Intent:
     """An attempt before it is sent."""
 
@@ -119,6 +141,8 @@ class Intent:
     sent_at: int
     """Microseconds since 1970, UTC."""
     client_request_id: str
+    reserved_pico: int | None = None
+    """The most it can cost, in pico-dollars; None if that is not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +201,12 @@ class Totals:
     usd_by_source: dict[str, Decimal]
     unknown_cost: int
     unknown_outcomes: int
+    """Attempts whose answer never came and whose cost nobody has told since."""
+    unknown_rows: int
+    first_unknown_rows: list[int]
+    """Their rows, counted from 0; the first few."""
+    unknown_usd: Decimal | None
+    """The most that those attempts can have cost; None if that is not known for all."""
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int

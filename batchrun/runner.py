@@ -17,17 +17,21 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+from batchrun.budget import Budget
 from batchrun.errors import BatchrunError, ExitCode, InputError
-from batchrun.ledger import Ledger, Run, now_us
-from batchrun.money import NOT_BILLED
+from batchrun.ledger import Ledger
+from batchrun.ledger_view import Run
+from batchrun.money import NOT_BILLED, from_pico, usd_text
 from batchrun.pacing import Pacing
-from batchrun.records import Action, Exchange, Failure, Intent, Request, Settlement
+from batchrun.records import Action, Exchange, Failure, Intent, Request, Reservation, Settlement, now_us
 from batchrun.retry import Retries, is_providers_fault
 
 _WAITING_PER_SLOT = 4
 _RAMP_SECONDS = 0.3
 _AT_ONCE = 32
 _SYNC_SECONDS = 1.0
+_DURABLE_GAP = 0.01
+"""Seconds between commits that each wait for the disk."""
 _FIRST = 20
 """Attempts or rows that must not all fail alike at the start of a run."""
 _SHORTEST_OUTAGE = 60.0
@@ -67,6 +71,7 @@ class Runner:
 
     Args:
         requests: rows to be asked, drawn one by one as places get free.
+        budget: what they may cost.
         on_settled: called with every settlement, for the progress display.
         clock: seconds, monotonic.
     """
@@ -77,6 +82,7 @@ class Runner:
         run: Run,
         sender: Sender,
         requests: Iterator[Request],
+        budget: Budget,
         *,
         concurrency: int,
         max_attempts: int,
@@ -89,13 +95,14 @@ class Runner:
         self._run = run
         self._sender = sender
         self._requests = requests
+        self._budget = budget
         self._concurrency = concurrency
         self._stop_seconds = stop_seconds
         self._on_settled = on_settled
         self._clock = clock
         self._retries = Retries(max_attempts, max_seconds, clock)
         self._pacing = Pacing(concurrency, clock, longest_pause=max_seconds)
-        self._journal = _Journal(ledger, run, self._fail)
+        self._journal = _Journal(ledger, run, self._fail, gap=_DURABLE_GAP if budget.is_durable else 0.0)
         self._health = _Health(max_attempts, max_seconds, clock())
         self._waiting: list[_Work] = []
         self._order = itertools.count()
@@ -188,7 +195,14 @@ class Runner:
         try:
             if self._stopping.is_set():
                 return
-            intent = self._ledger.intent(self._run, work.request, work.tries + 1)
+            reservation = await self._budget.reserve(work.request)
+            if self._stopping.is_set():
+                return
+            if reservation is None:
+                # The row stays pending.
+                self._halt(Stop(ExitCode.LIMIT, "budget", "the next row does not fit into the budget"))
+                return
+            intent = self._ledger.intent(self._run, work.request, work.tries + 1, reservation)
             await self._journal.intend(intent)
             self.sent += 1
             work.tries += 1
@@ -196,7 +210,7 @@ class Runner:
             if work.started is None:
                 work.started = sent_at
             exchange = await self._send(intent)
-            self._settle(work, intent, exchange, sent_at)
+            self._settle(work, intent, exchange, reservation, sent_at)
         finally:
             self._pacing.leave()
 
@@ -210,7 +224,9 @@ class Runner:
             self._journal.settle(Settlement(intent, Exchange("unknown", failure=failure), now_us(), is_final=False))
             raise
 
-    def _settle(self, work: _Work, intent: Intent, exchange: Exchange, sent_at: float) -> None:
+    def _settle(
+        self, work: _Work, intent: Intent, exchange: Exchange, reservation: Reservation, sent_at: float
+    ) -> None:
         failure = exchange.failure
         self._pacing.note(
             sent_at=sent_at,
@@ -219,6 +235,8 @@ class Runner:
             is_server_error=exchange.status is not None and exchange.status >= 500,
             retry_after=failure.retry_after if failure is not None else None,
         )
+        if not self._budget.settle(work.request, reservation, exchange):
+            self._halt(_overcharged(intent, exchange))
         is_final, stop = self._decide(work, exchange)
         self._undecided -= is_final
         settlement = Settlement(intent, exchange, now_us(), is_final)
@@ -277,6 +295,7 @@ class Runner:
         if not self._stopping.is_set():
             self._stopping.set()
             self._pacing.stop()
+            self._budget.close()
             asyncio.get_running_loop().call_later(self._stop_seconds, self._cancel)
 
     def _cancel(self) -> None:
@@ -315,6 +334,17 @@ _NEVER_SENT = Exchange(
 )
 
 
+def _overcharged(intent: Intent, exchange: Exchange) -> Stop:
+    assert exchange.cost.usd is not None
+    assert intent.reserved_pico is not None
+    return Stop(
+        ExitCode.LIMIT,
+        "budget",
+        f"the provider charged ${usd_text(exchange.cost.usd)} for row {intent.request.slot.row_index + 1}, and at most "
+        f"${usd_text(from_pico(intent.reserved_pico))} was to be expected: no cap holds at such prices",
+    )
+
+
 def _refused(failure: Failure) -> Stop:
     return Stop(ExitCode.PROVIDER, failure.kind, f"the provider refuses the account: {failure}")
 
@@ -331,7 +361,9 @@ def _unavailable(failure: Failure) -> Stop:
 class _Journal:
     """Group commit: what arrives and what goes next in one turn of the event loop is one transaction."""
 
-    def __init__(self, ledger: Ledger, run: Run, on_error: Callable[[Exception], None]) -> None:
+    def __init__(self, ledger: Ledger, run: Run, on_error: Callable[[Exception], None], gap: float) -> None:
+        self._gap = gap
+        self._last = -gap
         self._ledger = ledger
         self._run = run
         self._on_error = on_error
@@ -380,9 +412,14 @@ class _Journal:
     def _schedule(self) -> None:
         if not self._is_scheduled:
             self._is_scheduled = True
-            asyncio.get_running_loop().call_soon(self._flush_in_turn)
+            loop = asyncio.get_running_loop()
+            if (wait := self._last + self._gap - loop.time()) > 0:
+                loop.call_later(wait, self._flush_in_turn)
+            else:
+                loop.call_soon(self._flush_in_turn)
 
     def _flush_in_turn(self) -> None:
+        self._last = asyncio.get_running_loop().time()
         try:
             self.flush()
         except Exception as exc:  # noqa: BLE001 - nobody may be waiting for this turn; it must not pass in silence

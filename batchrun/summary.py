@@ -9,7 +9,11 @@ from typing import Any
 
 from batchrun import __version__
 from batchrun.money import usd_text
+from batchrun.projection import Projection
 from batchrun.records import Totals
+
+# What the price library says is an estimate, and never shown without the word.
+_ESTIMATED = {"library": "estimated from library prices"}
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,10 @@ class Summary:
     """Of this invocation."""
     sent: int
     """Attempts of this invocation."""
+    over_cap: Decimal | None = None
+    """Dollars by which the job's cap was exceeded; None without a cap."""
+    projection: Projection | None = None
+    """What the whole run will take, after a sample."""
     advice: str | None = None
     """What would make the failed rows succeed, where the provider tells."""
 
@@ -58,6 +66,9 @@ class Summary:
             "usd_by_source": totals.usd_by_source,
             "unknown_cost_attempts": totals.unknown_cost,
             "unknown_outcomes": totals.unknown_outcomes,
+            "unknown_rows": totals.unknown_rows,
+            "unknown_usd_at_most": totals.unknown_usd,
+            "over_cap": self.over_cap,
             "unplaced": totals.unplaced,
             "unplaced_usd": totals.unplaced_usd,
             "prompt_tokens": totals.prompt_tokens,
@@ -74,6 +85,8 @@ class Summary:
             "failures": [
                 {"kind": kind, "rows": rows, "example": example} for kind, rows, example in self.totals.failures
             ],
+            "first_unknown_rows": [row_index + 1 for row_index in self.totals.first_unknown_rows],
+            "projection": self.projection.document() if self.projection is not None else None,
             "advice": self.advice,
             "flags": self.totals.flags,
             "seconds": round(self.seconds, 3),
@@ -96,10 +109,9 @@ class Summary:
             f"spent: ${usd_text(totals.usd)}{self._sources()}",
         ]
         if totals.unknown_outcomes:
-            lines.append(
-                f"unknown: {totals.unknown_outcomes} attempts got no answer and may be on the bill; "
-                "they are not in the amount above"
-            )
+            lines.append(self._unknown())
+        if self.over_cap:
+            lines.append(f"over the cap: ${usd_text(self.over_cap)}")
         if (uncounted := totals.unknown_cost - totals.unknown_outcomes) > 0:
             lines.append(f"unknown cost: {uncounted} attempts whose cost nobody reported; set prices: in the job")
         if totals.unplaced:
@@ -113,6 +125,8 @@ class Summary:
             lines.append("flags: " + ", ".join(f"{number} {name}" for name, number in totals.flags.items()))
         for kind, rows, example in totals.failures:
             lines.append(f"failed: {rows} × {kind}, such as: {example[:200]}")
+        if self.projection is not None:
+            lines += self.projection.lines()
         if self.advice:
             lines.append(f"advice: {self.advice}")
         if totals.failed:
@@ -124,10 +138,21 @@ class Summary:
         )
         return lines
 
+    def _unknown(self) -> str:
+        totals = self.totals
+        most = f"up to ${usd_text(totals.unknown_usd)}" if totals.unknown_usd is not None else "an amount not known"
+        rows = ", ".join(str(row_index + 1) for row_index in totals.first_unknown_rows[:5])
+        more = ", …" if totals.unknown_rows > 5 else ""
+        return (
+            f"unknown: {totals.unknown_outcomes} attempts in {totals.unknown_rows} rows ({rows}{more}) got no answer, "
+            f"and {most} may be on the bill; it is not in the amount above"
+        )
+
     def _sources(self) -> str:
         sources = self.totals.usd_by_source
         shown = {source: usd for source, usd in sources.items() if usd} or sources
-        return f" ({', '.join(f'{source} ${usd_text(usd)}' for source, usd in shown.items())})" if shown else ""
+        parts = [f"{_ESTIMATED.get(source, source)} ${usd_text(usd)}" for source, usd in shown.items()]
+        return f" ({', '.join(parts)})" if parts else ""
 
 
 def exact_json(value: Any) -> str:

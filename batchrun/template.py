@@ -19,7 +19,7 @@ from batchrun.job import Job, PromptSetting
 from batchrun.jobfile import walk_text
 from batchrun.providers import Endpoint
 from batchrun.records import Request, Slot
-from batchrun.wire import request_body, stream_fields
+from batchrun.wire import is_self_contained, most_completion_tokens, request_body, stream_fields
 
 _WHOLE = re.compile(r"\s*\{\{[-+]?((?:(?!\{\{|\}\}).)*?)[-+]?\}\}\s*", re.DOTALL)
 
@@ -117,7 +117,14 @@ class Template:
             raise NotRenderedError("the prompt has half of a surrogate pair, which no UTF-8 can carry") from None
         except (ValueError, TypeError, RecursionError) as exc:
             raise NotRenderedError(f"a parameter cannot be sent as JSON: {exc}") from None
-        return Request(Slot(row_index, self._model), f"b2:{digest}", encoded)
+        return Request(
+            Slot(row_index, self._model),
+            f"b2:{digest}",
+            encoded,
+            messages=len(body["messages"]) + ("system" in body),
+            most_completion_tokens=most_completion_tokens(body),
+            is_self_contained=is_self_contained(body),
+        )
 
     def messages(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
         """The rendered conversation of a row."""

@@ -7,6 +7,7 @@ Answers come as one JSON document or as a stream of events, in the dialects of A
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from typing import Any
@@ -16,7 +17,7 @@ from batchrun.failures import failure_of, request_id_of
 from batchrun.money import CREDITS_PER_USD, amount, usd_from_credits, usd_from_wire
 from batchrun.records import Action, Answer, Failure
 from batchrun.sse import Event, EventParser
-from batchrun.usage import Usage, merge, read_usage, settle
+from batchrun.usage import Usage, count, merge, read_usage, settle
 
 _FINISH = {
     "stop": "stop", "end_turn": "stop", "stop_sequence": "stop", "eos": "stop",
@@ -68,6 +69,36 @@ def _parts_of(contents: Sequence[Any]) -> list[Any]:
 def stream_fields(include_usage: bool) -> dict[str, Any]:
     """What a request adds to be answered as a stream."""
     return {"stream": True, "stream_options": {"include_usage": True}} if include_usage else {"stream": True}
+
+
+def most_completion_tokens(body: Mapping[str, Any]) -> int | None:
+    """The longest answer that a request allows; None if it sets no bound."""
+    known = [value for name in ("max_tokens", "max_completion_tokens") if (value := count(body.get(name)))]
+    if not known:
+        return None
+    reasoning = body.get("reasoning")
+    return max(known) + ((count(reasoning.get("max_tokens")) or 0) if isinstance(reasoning, Mapping) else 0)
+
+
+_FETCHING = ("web_search_options", "plugins", "previous_response_id")
+
+
+def is_self_contained(body: Mapping[str, Any]) -> bool:
+    """False for a request that has the model read what its bytes do not hold: a page, a file, an image elsewhere."""
+    if any(name in body for name in _FETCHING) or any(name.startswith("search_") for name in body):
+        return False
+    contents = [message.get("content") for message in body["messages"]]
+    return not any(_is_elsewhere(part) for content in contents if isinstance(content, list) for part in content)
+
+
+def _is_elsewhere(part: Any) -> bool:
+    if isinstance(part, Mapping):
+        if part.get("type") == "text" or "text" in part:
+            return False
+        return "file_id" in part or any(_is_elsewhere(value) for value in part.values())
+    if isinstance(part, list):
+        return any(_is_elsewhere(item) for item in part)
+    return isinstance(part, str) and re.match(r"(?!data:)[a-z0-9+.-]+:", part) is not None
 
 
 # --- answers ------------------------------------------------------------------------------------------------

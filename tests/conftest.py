@@ -21,6 +21,23 @@ from hypothesis import HealthCheck, settings
 settings.register_profile("batchrun", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 settings.load_profile("batchrun")
 
+SONNET = {
+    "id": "anthropic/claude-sonnet-4",
+    "aliases": ["claude-sonnet-4"],
+    "info": {"contextLength": 200_000, "outputMax": 64_000},
+    "pricing": {
+        "kind": "fixed",
+        "currency": "USD",
+        "units": [
+            {"name": "token", "measure": "input", "origin": "provided", "price": 3.9, "per": 1_000_000},
+            {"name": "token", "measure": "input", "origin": "cached", "price": 0.39, "per": 1_000_000},
+            {"name": "token", "measure": "input", "origin": "cache_write", "price": 4.875, "per": 1_000_000},
+            {"name": "token", "measure": "output", "origin": "generated", "price": 0.0195, "per": 1000},
+        ],
+    },
+}
+"""An entry of the AI/ML API's list with what the fake provider charges."""
+
 KEY = "sk-test-4711-secret"
 
 
@@ -44,6 +61,11 @@ class FakeProvider:
     @property
     def bill(self) -> Decimal:
         return sum((Decimal(request["usd"]) for request in self.requests), Decimal(0))
+
+    @property
+    def gets(self) -> list[dict[str, Any]]:
+        path = self.log.with_name(f"{self.log.name}.gets")
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
     def stop(self) -> None:
         self.process.kill()

@@ -15,9 +15,14 @@ log for every request: what was asked, what it answered and what it charged. A p
     replay     {status, headers, chunks}: bytes sent as they are (latin-1)
     usage      the usage object, null for none
 
-Started as `python fake_provider.py LOG OPTIONS` with OPTIONS as JSON: `p429`, `p500`, `p_hangup` (shares of
-requests), `seed`, `latency`, `retry_after`, `bill` (`meta`, `credits`, `header`, `none`), `refuse_after`, `body`,
-`bytes`, `port`, `replay`, `models`, `deprecations` (lists for the GETs of those names). It prints its port.
+Started as `python fake_provider.py LOG OPTIONS` with OPTIONS as JSON: `p400`, `p429`, `p500`, `p_hangup`, `p_half`
+(shares of requests), `seed`, `latency`, `retry_after`, `bill` (`meta`, `credits`, `header`, `none`, `mix` of them),
+`charge` (a factor on its prices), `wordy` (answers of any length up to max_tokens), `refuse_after`, `body`, `bytes`,
+`port`, `replay`, `models`, `deprecations` (lists for the GETs of those names). It prints its port.
+
+`GET /v2/logs` lists what was billed, newest first. Options: `log_lag` (seconds until a line is there), `log_missing`
+(every so many lines are not), `log_429` (every so many calls are refused), `log_breaks_at` (the offset from which on
+it answers 500), `log_adds` (dollars that it adds to each line). GETs are written to LOG.gets.
 """
 
 from __future__ import annotations
@@ -27,9 +32,12 @@ import contextlib
 import json
 import random
 import sys
+import time
+from datetime import UTC, datetime
 from decimal import Decimal
 from hashlib import blake2b
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 MESSAGES = {
     400: "Body validation error!",
@@ -51,6 +59,9 @@ class Provider:
         self.seen: dict[bytes, int] = {}
         self.count = 0
         self.in_flight = 0
+        self.lines: list[dict[str, Any]] = []
+        self.log_calls = 0
+        self.gets = open(f"{log}.gets", "a", buffering=1, encoding="utf-8")  # noqa: SIM115
 
     async def connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -66,7 +77,7 @@ class Provider:
         request_line, *lines = head.split("\r\n")
         headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines if line)}
         raw = await reader.readexactly(int(headers.get("content-length", 0)))
-        self.count += 1
+        self.count += request_line.startswith("POST")
         self.in_flight += 1
         try:
             return await self.answer(request_line, headers, json.loads(raw or b"{}"), writer)
@@ -81,14 +92,22 @@ class Provider:
         script: dict[str, Any] = {}
         if "<<" in text:
             script = json.loads(text[text.index("<<") + 2 : text.index(">>")])
-        digest = blake2b(json.dumps(body, sort_keys=True).encode(), digest_size=12).digest()
+        digest = digest_of(body)
         nth = self.seen[digest] = self.seen.get(digest, 0) + 1
         path = request_line.split(" ")[1]
         if request_line.startswith("GET"):
+            self.gets.write(json.dumps({"path": path, "headers": headers}) + "\n")
+            if urlsplit(path).path == "/v2/logs":
+                await self.logs(path, headers, writer)
+                return True
+            path = urlsplit(path).path
             listed = self.options.get("deprecations" if path.endswith("/deprecations") else "models")
             payload = json.dumps({"data": listed or []}).encode()
             status = 200 if listed is not None else 404
-            await self.send(status, {"Content-Length": str(len(payload))}, payload, writer)
+            etag = f'W/"{blake2b(payload, digest_size=8).hexdigest()}"'
+            if headers.get("if-none-match") == etag:
+                status, payload = 304, b""
+            await self.send(status, {"Content-Length": str(len(payload)), "ETag": etag}, payload, writer)
             return True
         record = {
             "path": path, "nth": nth, "id": headers.get("x-client-request-id"), "text": text,
@@ -121,13 +140,10 @@ class Provider:
         failure = failures[nth - 1] if nth <= len(failures) else None
         if failure is None:
             drawn = self.random.random()
-            p429, p500, p_hangup = (options.get(name, 0) for name in ("p429", "p500", "p_hangup"))
-            if drawn < p429:
-                failure = 429
-            elif drawn < p429 + p500:
-                failure = 500
-            elif drawn < p429 + p500 + p_hangup:
-                failure = "hangup"
+            for kind in (429, 500, 400, "_hangup", "_half"):
+                if 0 <= drawn < options.get(f"p{kind}", 0):
+                    failure = kind if isinstance(kind, int) else kind[1:]
+                drawn -= options.get(f"p{kind}", 0)
         raw = script.get("bytes", options.get("bytes"))
         if raw is not None and nth == 1:
             record["status"] = 0
@@ -138,8 +154,13 @@ class Provider:
             return await self.fail(failure, record, script, writer)
         document, usd = self.completion(body, text, script)
         record["usd"], record["answered"] = str(usd), True
+        self.note(record, body, usd, document["usage"])
         extra: dict[str, str] = {"x-inference-id": f"inf-{self.count}"}
         how = options.get("bill", "meta")
+        if how == "mix":
+            how = ("meta", "credits", "header", "none")[digest_of(body)[0] % 4]
+            if body.get("stream") and how == "header":
+                how = "credits"
         credits_used = int(usd * 2_000_000)
         if how == "meta":
             document["meta"] = {"usage": {"credits_used": credits_used, "usd_spent": float(usd)}}
@@ -176,8 +197,10 @@ class Provider:
     def completion(self, body: dict[str, Any], text: str, script: dict[str, Any]) -> tuple[dict[str, Any], Decimal]:
         said = script.get("say", f"answer to: {text}")
         prompt, completion = len(json.dumps(body["messages"])) // 4 + 1, len(said) // 4 + 1
+        if self.options.get("wordy"):
+            completion = 1 + int.from_bytes(digest_of(body)[:4]) % int(body["max_tokens"])
         # AI/ML API rounds each component up to whole credits.
-        credits_used = -(-prompt * 78 // 10) + -(-completion * 39)
+        credits_used = (-(-prompt * 78 // 10) + -(-completion * 39)) * self.options.get("charge", 1)
         usage = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
         choice = {
             "index": 0,
@@ -245,6 +268,7 @@ class Provider:
         self, status: int, record: dict[str, Any], script: dict[str, Any], writer: asyncio.StreamWriter
     ) -> bool:
         record["status"] = status
+        self.note(record, {}, Decimal(0), None)
         message = script.get("message", MESSAGES.get(status, "error"))
         envelope = {
             "message": message, "path": "/v1/chat/completions", "requestId": f"req-{self.count}",
@@ -258,10 +282,63 @@ class Provider:
         await self.send(status, {**head, "Content-Length": str(len(payload))}, payload, writer)
         return True
 
+    def note(self, record: dict[str, Any], body: dict[str, Any], usd: Decimal, usage: dict[str, Any] | None) -> None:
+        """A line of the log."""
+        status = "failed" if usage is None and not usd else "succeeded"
+        billed = usd + Decimal(str(self.options.get("log_adds", 0))) if usd else usd
+        counts = usage or {}
+        created = datetime.now(UTC).isoformat(timespec="milliseconds")[:-6] + "Z"
+        self.lines.append({
+            "at": time.time(), "created": created, "status": status,
+            "origin": "api", "model": body.get("model"),
+            "cost": {"usd": float(billed), "credits": int(billed * 2_000_000)},
+            "tokens": {"input": counts.get("prompt_tokens"), "output": counts.get("completion_tokens"),
+                       "total": counts.get("total_tokens")},
+            "request_id": f"req-{self.count}", "inference_id": f"inf-{self.count}", "client_request_id": record["id"],
+        })  # fmt: skip
+
+    async def logs(self, path: str, headers: dict[str, str], writer: asyncio.StreamWriter) -> None:
+        options = self.options
+        query = {name: values[0] for name, values in parse_qs(urlsplit(path).query).items()}
+        self.log_calls += 1
+        limit, offset = int(query.get("limit", 50)), int(query.get("offset", 0))
+        status, document = 200, {}
+        if options.get("key") and headers.get("authorization") != f"Bearer {options['key']}":
+            status = 401
+        elif options.get("log_429") and self.log_calls % options["log_429"] == 0:
+            status = 429
+        elif options.get("log_breaks_at") is not None and offset >= options["log_breaks_at"]:
+            status = 500
+        elif not 1 <= limit <= 100:
+            status = 400
+        else:
+            start, end = (datetime.fromisoformat(query[name]) for name in ("start", "end"))
+            every = options.get("log_missing")
+            seen = [
+                {name: value for name, value in line.items() if name != "at"}
+                for number, line in enumerate(self.lines, 1)
+                if line["at"] + options.get("log_lag", 0) <= time.time()
+                and start <= datetime.fromisoformat(line["created"]) <= end
+                and not (every and number % every == 0)
+            ][::-1]
+            page = seen[offset : offset + limit]
+            document = {
+                "data": page,
+                "pagination": {"limit": limit, "offset": offset, "total": len(seen),
+                               "has_more": offset + len(page) < len(seen)},
+            }  # fmt: skip
+        payload = json.dumps(document).encode()
+        head = {"Content-Type": "application/json", "Content-Length": str(len(payload))}
+        await self.send(status, head | ({"Retry-After": "0.1"} if status == 429 else {}), payload, writer)
+
     async def send(self, status: int, headers: dict[str, str], payload: bytes, writer: asyncio.StreamWriter) -> None:
         head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
         writer.write(f"HTTP/1.1 {status} X\r\n{head}\r\n".encode() + payload)
         await writer.drain()
+
+
+def digest_of(body: dict[str, Any]) -> bytes:
+    return blake2b(json.dumps(body, sort_keys=True).encode(), digest_size=12).digest()
 
 
 async def main() -> None:

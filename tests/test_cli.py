@@ -234,7 +234,7 @@ def test_a_terminal_sees_a_bar_with_rows_retries_tokens_and_dollars(work: Worksp
 def test_elsewhere_a_plain_line_is_shown_every_30_seconds() -> None:
     now = 0.0
     stream = io.StringIO()
-    progress = Progress(stream, total=10, settled=4, usd=Decimal(1), clock=lambda: now)
+    progress = Progress(stream, total=10, rows=10, settled=4, usd=Decimal(1), clock=lambda: now)
     exchange = Exchange("ok", usage=Usage(1, 2, 3), cost=Cost(Decimal("0.5"), "reported"))
     request = Request(Slot(0, "m"), "k", b"")
     progress.settle(Settlement(Intent(1, request, 1, 0, "c"), exchange, 0, is_final=True))

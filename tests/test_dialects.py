@@ -48,7 +48,9 @@ def replayed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[dic
             provider = provide()
             work.write_rows([f"{case['id']} <<{json.dumps({'replay': replay(case)})}>>" for case in cases])
             retry = {"max_attempts": 1, "max_seconds": 0}
-            work.write_job(provider.base_url, stream=cases[0]["kind"] == "sse", retry=retry)
+            # A model without a price: what the provider does not report is then not derived either.
+            streamed = cases[0]["kind"] == "sse"
+            work.write_job(provider.base_url, model="nobody/has-a-price", stream=streamed, retry=retry)
             result = work.run("--json")
             billed = {request["text"]: Decimal(request["usd"]) for request in provider.requests}
             return {

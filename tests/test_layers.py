@@ -10,9 +10,9 @@ PACKAGE = Path(__file__).parent.parent / "batchrun"
 FLOORS = [
     {"errors", "usage", "sse", "columns", "uniqueness", "documents"},
     {"money", "providers", "jobfile", "lock", "migrations"},
-    {"records", "job"},
-    {"failures"},
-    {"wire"},
+    {"records", "job", "prices", "projection"},
+    {"failures", "ledger_view"},
+    {"wire", "accounts"},
     {
         "source",
         "template",
@@ -26,8 +26,11 @@ FLOORS = [
         "progress",
         "summary",
         "local",
+        "budget",
+        "price_sources",
     },
     {"runner", "starter", "plan"},
+    {"spending"},
     {"delivery"},
     {"invocation", "offline"},
     {"cli"},
@@ -67,7 +70,8 @@ def test_only_one_room_knows_each_outside_thing() -> None:
         "httpx": {"chat", "catalog"}, "aiohttp": {"chat"}, "tenacity": {"retry"}, "click": {"cli"},
         "tqdm": {"progress"},
         "xllamacpp": {"local"}, "jinja2": {"template"}, "ruamel": {"jobfile"}, "filelock": {"lock"},
-        "sqlite3": {"ledger", "migrations", "uniqueness"}, "zstandard": {"ledger"},
+        "sqlite3": {"ledger", "ledger_view", "migrations", "uniqueness"}, "zstandard": {"ledger", "ledger_view"},
+        "genai_prices": {"price_sources"},
     }  # fmt: skip
     users: dict[str, set[str]] = {name: set() for name in owners}
     for path in PACKAGE.glob("*.py"):

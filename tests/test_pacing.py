@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+from batchrun.accounts import totals
+from batchrun.budget import Budget
 from batchrun.errors import ExitCode
 from batchrun.ledger import Ledger
 from batchrun.pacing import Pacing
+from batchrun.prices import Pricing
 from batchrun.records import Action, Answer, Exchange, Failure, Intent, Request, Slot
 from batchrun.retry import Retries
 from batchrun.runner import Runner, Stop, _Health
@@ -156,9 +159,9 @@ def test_one_backends_long_wait_does_not_hold_all_rows() -> None:
 def test_two_signals_at_once_are_no_bug(tmp_path: Path) -> None:
     ledger = Ledger.open(tmp_path / "l.sqlite", job_name="j", job_path=tmp_path / "j.yaml")
     run = ledger.current_run()
-    ledger.begin_invocation(run, job={}, endpoint="e", prices=None)
+    ledger.begin_invocation(run, job={}, endpoint="e")
     requests = [Request(Slot(index, "m"), f"k{index}", b"") for index in range(2)]
-    ledger.place(run, requests, {})
+    ledger.place(run, requests, dict)
 
     class Never:
         async def send(self, intent: Intent) -> Exchange:
@@ -166,7 +169,15 @@ def test_two_signals_at_once_are_no_bug(tmp_path: Path) -> None:
 
     async def drive() -> Stop | None:
         runner = Runner(
-            ledger, run, Never(), iter(requests), concurrency=2, max_attempts=1, max_seconds=1, stop_seconds=1
+            ledger,
+            run,
+            Never(),
+            iter(requests),
+            Budget(Pricing()),
+            concurrency=2,
+            max_attempts=1,
+            max_seconds=1,
+            stop_seconds=1,
         )
         loop = asyncio.get_running_loop()
         loop.call_soon(runner.interrupt, ExitCode.INTERRUPTED)
@@ -176,5 +187,5 @@ def test_two_signals_at_once_are_no_bug(tmp_path: Path) -> None:
     stop = asyncio.run(drive())
     assert stop is not None
     assert (stop.exit_code, stop.is_immediate) == (ExitCode.INTERRUPTED, True)
-    assert ledger.totals(run).attempts == 0
+    assert totals(ledger, run).attempts == 0
     ledger.close()

@@ -47,14 +47,14 @@ def test_every_command_is_in_the_readme() -> None:
     commands = section("Commands")
     for name in cli.commands:
         assert f"batchrun {name} " in commands or name == "run", name
-    for option in ("--retry-failed", "--json", "--quiet", "--adopt-ledger", "--rows", "--output"):
+    for option in ("--retry-failed", "--json", "--quiet", "--adopt-ledger", "--rows", "--output", "--sample"):
         assert option in commands
 
 
 def test_the_exit_codes_are_those_of_the_program() -> None:
     listed = [int(code) for cell in re.findall(r"^\| ([\d, ]+) \|", section("Exit codes"), re.MULTILINE)
               for code in cell.split(",")]  # fmt: skip
-    assert sorted(listed) == sorted(set(ExitCode) - {ExitCode.LIMIT})
+    assert sorted(listed) == sorted(ExitCode)
 
 
 @pytest.mark.parametrize("code", blocks("python"))

@@ -14,9 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchrun.ledger import Ledger, now_us
+from batchrun import accounts
+from batchrun.ledger import Ledger
 from batchrun.money import Cost
-from batchrun.records import Action, Exchange, Failure, Request, Settlement, Slot
+from batchrun.records import Action, Exchange, Failure, Request, Reservation, Settlement, Slot, now_us
 
 from .conftest import FakeProvider, Workspace, spent
 
@@ -210,19 +211,19 @@ def test_every_answer_finds_a_row_that_asks_for_it_or_is_unplaced(
     folder = tmp_path_factory.mktemp("ledger")
     ledger = Ledger.open(folder / "l.sqlite", job_name="j", job_path=folder / "j.yaml")
     run = ledger.current_run()
-    ledger.begin_invocation(run, job={}, endpoint="e", prices=None)
-    ledger.place(run, [Request(Slot(index, "m"), key, b"") for index, key in enumerate(before)], {})
+    ledger.begin_invocation(run, job={}, endpoint="e")
+    ledger.place(run, [Request(Slot(index, "m"), key, b"") for index, key in enumerate(before)], dict)
     for (index, key), outcome in zip(enumerate(before), outcomes, strict=False):
         if outcome == "none":
             continue
-        intent = ledger.intent(run, Request(Slot(index, "m"), key, b"x"), 1)
+        intent = ledger.intent(run, Request(Slot(index, "m"), key, b"x"), 1, Reservation(None, now_us()))
         ledger.commit(run, [], [intent])
         failure = None if outcome == "ok" else Failure("server", Action.RETRY, "x")
         exchange = Exchange(
             "ok" if outcome == "ok" else "failed", body=key.encode(), failure=failure, cost=Cost(Decimal(1), "reported")
         )
         ledger.commit(run, [Settlement(intent, exchange, now_us(), outcome in ("ok", "failed"))], [])
-    ledger.place(run, [Request(Slot(index, "m"), key, b"") for index, key in enumerate(after)], {})
+    ledger.place(run, [Request(Slot(index, "m"), key, b"") for index, key in enumerate(after)], dict)
     standing = list(ledger.standing(run, 0, len(after)))
     for attempt in standing:
         assert attempt.key == after[attempt.slot.row_index]
@@ -232,11 +233,11 @@ def test_every_answer_finds_a_row_that_asks_for_it_or_is_unplaced(
     per_slot = Counter(attempt.slot for attempt in standing if attempt.outcome == "ok")
     assert all(number == 1 for number in per_slot.values())
     assert answered == had & asked
-    totals = ledger.totals(run)
+    totals = accounts.totals(ledger, run)
     assert totals.ok == sum(answered.values())
     assert totals.unplaced == sum((had - asked).values())
     assert totals.usd == totals.unplaced_usd + sum(attempt.usd or 0 for attempt in standing)
     # And back again: the same input, the same places.
-    ledger.place(run, [Request(Slot(index, "m"), key, b"") for index, key in enumerate(before)], {})
-    assert ledger.totals(run).unplaced == 0
+    ledger.place(run, [Request(Slot(index, "m"), key, b"") for index, key in enumerate(before)], dict)
+    assert accounts.totals(ledger, run).unplaced == 0
     ledger.close()

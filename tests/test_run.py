@@ -56,7 +56,7 @@ def test_cost_is_exact_wherever_it_is_reported(work: Workspace, provide: Provide
 def test_unknown_cost_is_null_and_counted(work: Workspace, provide: Provide) -> None:
     provider = provide(bill="none")
     work.write_rows(["a", "b"])
-    work.write_job(provider.base_url)
+    work.write_job(provider.base_url, model="nobody/has-a-price")
     result = work.run("--json")
     assert [row["usd_spent"] for row in work.rows()] == [None, None]
     assert [row["unknown_attempts"] for row in work.rows()] == [1, 1]
@@ -150,7 +150,7 @@ def test_an_answer_that_never_comes_is_an_unknown_outcome(
     if how != "silent":  # whose request is not over yet, so that the fake has not logged it
         lost = next(request for request in provider.requests if request["nth"] == 1 and "fail" in request["text"])
         assert provider.bill - spent(work.rows()) == Decimal(lost["usd"]) > 0
-    assert "1 attempts got no answer and may be on the bill" in result.stderr
+    assert "unknown: 1 attempts in 1 rows (1) got no answer" in result.stderr
 
 
 def test_an_endless_answer_is_cut_and_fails_its_row(work: Workspace, provide: Provide) -> None:

@@ -13,11 +13,20 @@ from typing import Any
 
 import pytest
 
+from batchrun import accounts
+from batchrun.budget import Budget, Cap
 from batchrun.errors import ExitCode
-from batchrun.ledger import Ledger, Run
-from batchrun.money import NOT_BILLED, UNKNOWN, Cost
+from batchrun.ledger import Ledger
+from batchrun.ledger_view import Run
+from batchrun.money import NOT_BILLED, UNKNOWN, Cost, from_pico, to_pico
+from batchrun.prices import Price, Pricing
 from batchrun.records import Action, Answer, Exchange, Failure, Intent, Request, Slot
 from batchrun.runner import Runner, Stop
+
+PRICE = Price(Decimal(0), Decimal(0), request_usd=Decimal("0.001"))
+WORST = PRICE.most_usd(0, 0) or Decimal(0)
+"""The most that any request here can cost, with what is added for rounding."""
+DEAREST = Decimal("0.001")
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
@@ -119,17 +128,19 @@ def simulate(seed: int, folder: Path) -> None:
         faults[name] += chance.choice([0.2, 1.0, 4.0]) if name != "401" else 0.2
     billed: dict[str, Decimal] = {}
     answered: Counter[int] = Counter()
+    cap = Cap(to_pico(DEAREST * chance.randrange(0, 2 * rows)), "run") if chance.random() < 0.5 else None
     for _ in range(60):
         ledger = Ledger.open(folder / f"{seed}.sqlite", job_name="j", job_path=folder / "j.yaml")
         run = ledger.current_run()
-        ledger.begin_invocation(run, job={}, endpoint="e", prices=None)
+        ledger.begin_invocation(run, job={}, endpoint="e")
         slots = [Request(Slot(index, "m"), f"k{index}", b"x") for index in range(rows)]
-        ledger.place(run, slots, {})
+        ledger.place(run, slots, dict)
         provider = Provider(chance, ledger, concurrency, faults)
-        stop, crashed = _invoke(chance, ledger, run, provider, slots, concurrency)
+        stop, crashed = _invoke(chance, ledger, run, provider, slots, concurrency, cap)
         billed |= provider.billed
         answered += provider.answered
         _check(ledger, run, rows, billed, stop, crashed)
+        cap = _check_cap(ledger, run, billed, stop, cap)
         pending = rows - sum(ledger.counts(run))
         ledger.close()
         if stop is None and not crashed:
@@ -140,7 +151,13 @@ def simulate(seed: int, folder: Path) -> None:
 
 
 def _invoke(
-    chance: random.Random, ledger: Ledger, run: Run, provider: Provider, slots: list[Request], concurrency: int
+    chance: random.Random,
+    ledger: Ledger,
+    run: Run,
+    provider: Provider,
+    slots: list[Request],
+    concurrency: int,
+    cap: Cap | None,
 ) -> tuple[Stop | None, bool]:
     def pending() -> Iterator[Request]:
         for request in slots:
@@ -148,10 +165,13 @@ def _invoke(
             if state is None or not (state.is_answered or state.is_failed):
                 yield request
 
+    held = accounts.held(ledger, run, 0).pico
+    budget = Budget(Pricing.fixed("job", PRICE), cap=cap, held=held)
+
     async def drive() -> Stop | None:
         loop = asyncio.get_running_loop()
         runner = Runner(
-            ledger, run, provider, pending(), concurrency=concurrency, max_attempts=4, max_seconds=120,
+            ledger, run, provider, pending(), budget, concurrency=concurrency, max_attempts=4, max_seconds=120,
             stop_seconds=chance.choice([0.1, 60]), clock=loop.time,
         )  # fmt: skip
         event = chance.random()
@@ -188,7 +208,7 @@ def _crash() -> None:
 def _check(ledger: Ledger, run: Run, rows: int, billed: dict[str, Decimal], stop: Stop | None, crashed: bool) -> None:
     assert stop is None or stop.exit_code is not ExitCode.BUG, stop.message
     ledger._settle_orphans()
-    totals = ledger.totals(run)
+    totals = accounts.totals(ledger, run)
     attempts: dict[str, Any] = {
         row[0]: row[1:]
         for row in ledger._db.execute("SELECT client_request_id, outcome, usd_pico, cost_source FROM attempt")
@@ -206,6 +226,20 @@ def _check(ledger: Ledger, run: Run, rows: int, billed: dict[str, Decimal], stop
     assert ok + failed <= rows
     if stop is None and not crashed:
         assert ok + failed == rows
+
+
+def _check_cap(ledger: Ledger, run: Run, billed: dict[str, Decimal], stop: Stop | None, cap: Cap | None) -> Cap | None:
+    """The bill stays below the cap, and a cap that stops a run is used up; the cap of the next invocation."""
+    if cap is None:
+        assert stop is None or stop.exit_code is not ExitCode.LIMIT
+        return None
+    assert sum(billed.values(), Decimal(0)) <= from_pico(cap.pico)
+    taken = accounts.held(ledger, run, 0)
+    assert taken.pico <= cap.pico
+    if stop is not None and stop.exit_code is ExitCode.LIMIT:
+        assert from_pico(cap.pico - taken.pico) < WORST
+        return Cap(cap.pico + to_pico(DEAREST * 30), "run")
+    return cap
 
 
 SEEDS = 60

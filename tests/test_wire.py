@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchrun.failures import parse_retry_after, read_failure
-from batchrun.money import Price, from_pico, to_pico, usd_text
+from batchrun.money import from_pico, to_pico, usd_text
+from batchrun.prices import Price
 from batchrun.records import Action, Answer, Failure
 from batchrun.sse import EventParser
 from batchrun.usage import Usage, count, merge, read_usage, settle

@@ -1,0 +1,203 @@
+"""Sums over the ledger: what was spent, what may still be on the bill, what an answer takes. Dollars are exact."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any, NamedTuple
+
+from batchrun.ledger_view import LedgerView, Run, everywhere, seconds
+from batchrun.money import from_pico
+from batchrun.records import Totals
+from batchrun.usage import Usage
+
+_SHOWN_ROWS = 20
+_MEASURED = 10_000
+
+
+def _sum(column: str) -> str:
+    """SQL of two sums that no number of rows makes too large for 64 bits."""
+    return f"coalesce(sum({column} >> 30), 0), coalesce(sum({column} & 1073741823), 0)"
+
+
+_USD, _RESERVED = _sum("usd_pico"), _sum("CASE WHEN usd_pico IS NULL THEN reserved_pico END")
+
+
+def _summed(high: int, low: int) -> int:
+    return (high << 30) + low
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What of a cap is taken, in pico-dollars."""
+
+    settled: int
+    unknown: int
+    """Reserved by attempts whose cost is not known."""
+    unknown_attempts: int
+    unbounded: int
+    """Attempts whose cost is not known, and for which nothing was reserved."""
+
+    @property
+    def pico(self) -> int:
+        """All of it."""
+        return self.settled + self.unknown
+
+
+def held(ledger: LedgerView, run: Run | None, since: int) -> Held:
+    """What the attempts of a run (of all runs if None) that were sent since a moment have taken."""
+    ((settled_high, settled_low, high, low, unknown, unbounded),) = ledger.rows(
+        f"SELECT {_USD}, {_RESERVED}, coalesce(sum(usd_pico IS NULL), 0), "
+        "coalesce(sum(usd_pico IS NULL AND reserved_pico IS NULL), 0) "
+        "FROM charged WHERE (run = :run OR :run IS NULL) AND sent_at >= :since",
+        {"run": run.run if run is not None else None, "since": since},
+    )
+    return Held(_summed(settled_high, settled_low), _summed(high, low), unknown, unbounded)
+
+
+def overcharge(ledger: LedgerView, run: Run | None, since: int) -> tuple[Decimal, Decimal, dict[str, Any]] | None:
+    """The newest attempt that cost more than was reserved: dollars, what was reserved, and the prices of then."""
+    rows = ledger.rows(
+        "SELECT usd_pico, reserved_pico, invocation.prices FROM charged JOIN invocation USING (invocation) "
+        "WHERE usd_pico > reserved_pico AND (charged.run = :run OR :run IS NULL) AND sent_at >= :since "
+        "ORDER BY attempt_id DESC LIMIT 1",
+        {"run": run.run if run is not None else None, "since": since},
+    )
+    if not rows:
+        return None
+    usd, reserved, prices = rows[0]
+    return from_pico(usd), from_pico(reserved), json.loads(prices) if prices else {}
+
+
+def reported(ledger: LedgerView, run: Run) -> Iterator[tuple[Usage, int, Decimal]]:
+    """Counts, time and dollars of a run's newest answers whose cost the provider has told."""
+    for *counts, sent_at, usd in ledger.rows(
+        "SELECT prompt_tokens, completion_tokens, total_tokens, cached_tokens, cache_write_tokens, reasoning_tokens, "
+        "sent_at, usd_pico FROM charged WHERE run = ? AND outcome = 'ok' AND cost_source IN ('reported', 'credits') "
+        "ORDER BY attempt_id DESC LIMIT 200",
+        (run.run,),
+    ):
+        yield Usage(*counts), sent_at, from_pico(usd)
+
+
+def spent(ledger: LedgerView, run: Run) -> tuple[Decimal, int]:
+    """Dollars and tokens of a run so far."""
+    ((high, low, tokens),) = ledger.rows(
+        f"SELECT {_USD}, coalesce(sum(total_tokens), 0) FROM charged WHERE run = ?", (run.run,)
+    )
+    return from_pico(_summed(high, low)), tokens
+
+
+class RowCost(NamedTuple):
+    """What a settled row took."""
+
+    usd: Decimal | None
+    """None if the cost of an attempt is not known."""
+    total_tokens: int
+    seconds: float
+    """Of all its attempts."""
+
+
+def row_costs(ledger: LedgerView, invocation: int) -> list[RowCost]:
+    """What the rows took that an invocation settled."""
+    return [
+        RowCost(from_pico(pico) if not unknown else None, tokens, microseconds / 1e6)
+        for pico, unknown, tokens, microseconds in ledger.rows(
+            "SELECT coalesce(sum(usd_pico), 0), sum(usd_pico IS NULL), coalesce(sum(total_tokens), 0), "
+            "coalesce(sum(latency_us), 0) FROM charged WHERE invocation = ? "
+            "GROUP BY row_index, model, sample HAVING max(outcome = 'ok' OR final)",
+            (invocation,),
+        )
+    ]
+
+
+class Measured(NamedTuple):
+    """What one answer took."""
+
+    request_bytes: int
+    prompt_tokens: int
+    completion_tokens: int
+
+
+def measured(ledger: LedgerView, model: str) -> list[Measured]:
+    """The newest answers of a model in any run of the job."""
+    return [
+        Measured(*row)
+        for row in ledger.rows(
+            "SELECT request_bytes, prompt_tokens, completion_tokens FROM attempt WHERE model = ? AND outcome = 'ok' "
+            "AND request_bytes > 0 AND prompt_tokens > 0 AND completion_tokens IS NOT NULL "
+            f"ORDER BY attempt_id DESC LIMIT {_MEASURED}",
+            (model,),
+        )
+    ]
+
+
+def totals(ledger: LedgerView, run: Run) -> Totals:
+    """Sums over a run, computed by SQLite."""
+    ok, failed = ledger.counts(run)
+    standing = ledger.standing_sql(run)
+    (faults,) = ledger.rows("SELECT 'not_rendered', count(*), min(error) FROM row_fault WHERE run = ?", (run.run,))
+    by_source = ledger.rows(
+        f"SELECT cost_source, {_USD} FROM charged WHERE run = ? AND outcome IS NOT NULL AND cost_source IS NOT NULL "
+        "GROUP BY cost_source ORDER BY cost_source",
+        (run.run,),
+    )
+    (sums,) = ledger.rows(
+        f"SELECT {_USD}, coalesce(sum(usd_pico IS NULL), 0), coalesce(sum(prompt_tokens), 0), "
+        "coalesce(sum(completion_tokens), 0), coalesce(sum(total_tokens), 0), coalesce(sum(cached_tokens), 0), "
+        "count(*), max(CASE outcome WHEN 'ok' THEN latency_us END) FROM charged WHERE run = ? AND outcome IS NOT NULL",
+        (run.run,),
+    )
+    never_came = "FROM charged WHERE run = ? AND outcome = 'unknown' AND usd_pico IS NULL"
+    (unknown,) = ledger.rows(
+        f"SELECT count(*), {_RESERVED}, coalesce(sum(reserved_pico IS NULL), 0) {never_came}", (run.run,)
+    )
+    ((unknown_rows,),) = ledger.rows(
+        f"SELECT count(*) FROM (SELECT DISTINCT row_index, model, sample {never_came})", (run.run,)
+    )
+    first_unknown = ledger.rows(
+        f"SELECT DISTINCT row_index {never_came} ORDER BY row_index LIMIT {_SHOWN_ROWS}", (run.run,)
+    )
+    (unplaced,) = ledger.rows(
+        f"SELECT {_USD}, coalesce(sum(outcome = 'ok'), 0) FROM moved "
+        "JOIN charged USING (run, row_index, model, sample, key) WHERE run = ? AND to_row IS NULL",
+        (run.run,),
+    )
+    failures = ledger.rows(
+        "SELECT error_kind, count(*), min(error) FROM ("
+        "SELECT at, model, sample, max(attempt_id) AS attempt_id, max(outcome = 'ok') AS ok "
+        f"FROM ({standing}) GROUP BY at, model, sample) "
+        "JOIN attempt USING (attempt_id) WHERE attempt.final AND NOT ok GROUP BY error_kind ORDER BY 2 DESC",
+        everywhere(run),
+    )
+    flags: dict[str, int] = {}
+    for names, number in ledger.rows(
+        "SELECT flags, count(*) FROM attempt WHERE run = ? AND outcome = 'ok' AND flags IS NOT NULL GROUP BY flags",
+        (run.run,),
+    ):
+        for name in names.split(","):
+            flags[name] = flags.get(name, 0) + number
+    return Totals(
+        ok=ok,
+        failed=failed,
+        usd=from_pico(_summed(*sums[:2])),
+        usd_by_source={source: from_pico(_summed(high, low)) for source, high, low in by_source},
+        unknown_cost=sums[2],
+        unknown_outcomes=unknown[0],
+        unknown_rows=unknown_rows,
+        first_unknown_rows=[row_index for (row_index,) in first_unknown],
+        unknown_usd=from_pico(_summed(*unknown[1:3])) if not unknown[3] else None,
+        prompt_tokens=sums[3],
+        completion_tokens=sums[4],
+        total_tokens=sums[5],
+        cached_tokens=sums[6],
+        attempts=sums[7],
+        unplaced=unplaced[2],
+        unplaced_usd=from_pico(_summed(*unplaced[:2])),
+        failures=[*((kind or "", number, error or "") for kind, number, error in failures),
+                  *([faults] if faults[1] else [])],
+        flags=dict(sorted(flags.items())),
+        slowest_seconds=seconds(sums[8]),
+    )  # fmt: skip

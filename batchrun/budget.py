@@ -1,0 +1,202 @@
+"""Reserve, settle, refuse: a cap that holds while many requests are under way.
+
+Before a request is sent, the most that it can cost is reserved; when its answer has come, the reservation gives way
+to the cost; when none comes, it stays. Without a cap the same is done, so that what an unknown outcome can have cost
+is on record.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from decimal import Decimal
+
+from batchrun.money import to_pico
+from batchrun.prices import Pricing, is_plausible
+from batchrun.records import Exchange, Request, Reservation, now_us
+from batchrun.usage import Usage
+
+_TOKENS_PER_MESSAGE = 16
+_TOKENS_PER_REQUEST = 32
+_LIBRARY_FACTOR = Decimal("1.5")
+_MEASURED_MARGIN = Decimal("1.1")
+
+
+@dataclass(frozen=True)
+class Cap:
+    """The most that may be spent.
+
+    Attributes:
+        pico: in pico-dollars.
+        per: `run`, `day` or `month` (UTC).
+    """
+
+    pico: int
+    per: str
+
+    def began(self, now: int) -> int:
+        """The beginning of the period that a moment is in; 0 for a run. Microseconds since 1970, UTC."""
+        if self.per == "run":
+            return 0
+        day = datetime.fromtimestamp(now / 1e6, UTC).replace(hour=0, minute=0, second=0, microsecond=0)
+        first = day.replace(day=1) if self.per == "month" else day
+        return int(first.timestamp()) * 1_000_000
+
+
+class Budget:
+    """What the requests of an invocation may cost, together and each.
+
+    Args:
+        factor: of the job, on each worst case; None for 1, or 1.5 where the price is the library's.
+        held: pico-dollars of the cap's period that are taken already.
+        clock: microseconds since 1970, UTC.
+    """
+
+    def __init__(
+        self,
+        pricing: Pricing,
+        *,
+        cap: Cap | None = None,
+        factor: Decimal | None = None,
+        held: int = 0,
+        clock: Callable[[], int] = now_us,
+    ) -> None:
+        self._pricing = pricing
+        self._cap = cap
+        self._factor = factor or Decimal(1)
+        self._is_guessing = factor is None and pricing.is_estimated
+        self._measured_factor = Decimal(0)
+        self._held = held
+        self._clock = clock
+        self._period = cap.began(clock()) if cap is not None else 0
+        self._bound = PromptBound()
+        self._turn = asyncio.Lock()
+        self._settled = asyncio.Event()
+        self._is_closed = False
+        self.in_flight = 0
+        """Reservations that wait for their answer."""
+
+    @property
+    def is_durable(self) -> bool:
+        """True if a reservation must survive a power cut: what is forgotten would be spent again."""
+        return self._cap is not None
+
+    async def reserve(self, request: Request) -> Reservation | None:
+        """Set aside the most that a request can cost; who comes first is served first.
+
+        Where it does not fit, this waits for what is in flight, which mostly costs less than was reserved. None if it
+        does not fit with nothing in flight, or the run is stopping.
+        """
+        async with self._turn:
+            while not self._is_closed:
+                now = self._clock()
+                most = self.most_pico(request, now)
+                if self._fits(most, now):
+                    self._held += most or 0
+                    self.in_flight += 1
+                    return Reservation(most, now)
+                if self.in_flight == 0:
+                    return None
+                self._settled.clear()
+                await self._settled.wait()
+        return None
+
+    def settle(self, request: Request, reservation: Reservation, exchange: Exchange) -> bool:
+        """Give a reservation way to the cost, if that is known; False if no cap can hold at such a cost."""
+        self.in_flight -= 1
+        usd = exchange.cost.usd
+        reserved = reservation.pico or 0
+        cost = to_pico(usd) if usd is not None else reserved
+        if self._cap is None or self._cap.began(reservation.made_at) == self._period:
+            self._held += cost - reserved
+        if exchange.cost.source in ("reported", "credits") and usd is not None:
+            self.learn(exchange.usage, reservation.made_at, usd)
+        if exchange.outcome == "ok" and not {"suspicious_cost", "zero_usage"} & set(exchange.flags):
+            self._bound.learn(request, exchange.usage)
+        self._settled.set()
+        return self._cap is None or cost <= reserved
+
+    def learn(self, usage: Usage, sent_at: int, usd: Decimal) -> None:
+        """Take a cost that the provider reported: it tells how far its prices are from those that we know."""
+        ours = self._pricing.usd(usage, sent_at)
+        if ours and is_plausible(ours, usd):
+            self._is_guessing = False
+            # A price that is right needs no margin.
+            if usd > ours:
+                self._measured_factor = max(self._measured_factor, usd / ours * _MEASURED_MARGIN)
+
+    def close(self) -> None:
+        """Let nobody wait any longer: the run is stopping."""
+        self._is_closed = True
+        self._settled.set()
+
+    def most_pico(self, request: Request, now: int) -> int | None:
+        """The most that a request can cost, in pico-dollars; None if nothing bounds it."""
+        price = self._pricing.price_at(now)
+        if price is None:
+            return None
+        prompt = self._bound.prompt_tokens(request)
+        if not request.is_self_contained and not price.is_free:
+            # What stands elsewhere is bounded by the model alone.
+            if self._pricing.limits.context_tokens is None:
+                return None
+            prompt = max(prompt, self._pricing.limits.context_tokens)
+        most = price.most_usd(prompt, request.most_completion_tokens or self._pricing.limits.completion_tokens)
+        return to_pico(most * self.factor) if most is not None else None
+
+    @property
+    def factor(self) -> Decimal:
+        """What each worst case is multiplied by."""
+        guess = _LIBRARY_FACTOR if self._is_guessing else Decimal(1)
+        return max(self._factor, guess, self._measured_factor)
+
+    def _fits(self, most: int | None, now: int) -> bool:
+        if self._cap is None:
+            return True
+        if (period := self._cap.began(now)) != self._period:
+            # A new day: what is still in flight was sent on the old one, and counts there.
+            self._period, self._held = period, 0
+        return most is not None and self._held + most <= self._cap.pico
+
+
+class PromptBound:
+    """The most tokens that a prompt can have: one for each byte of the request, and some for each message.
+
+    Most jobs put the same long text before every row. Where an answer has told how many tokens a request has, that
+    number covers what another request shares with it, from the front and from the back; only what differs counts by
+    its bytes.
+    """
+
+    def __init__(self) -> None:
+        self._body = b""
+        self._tokens: int | None = None
+
+    def learn(self, request: Request, usage: Usage) -> None:
+        """Take an answer's count; the shortest prompt says most about what all of them share."""
+        tokens = usage.prompt_tokens
+        if tokens and request.is_self_contained and (self._tokens is None or tokens < self._tokens):
+            self._body, self._tokens = request.body, tokens
+
+    def prompt_tokens(self, request: Request) -> int:
+        """The bound for a request."""
+        body = request.body
+        size = len(body)
+        if self._tokens is not None:
+            shared = _shared(body, self._body)
+            shared += _shared(body[shared:][::-1], self._body[shared:][::-1])
+            size = min(size, self._tokens + len(body) - shared)
+        return size + _TOKENS_PER_MESSAGE * request.messages + _TOKENS_PER_REQUEST
+
+
+def _shared(first: bytes, second: bytes) -> int:
+    """How many bytes two texts have in common at their beginning."""
+    low, high = 0, min(len(first), len(second))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if first[low:middle] == second[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

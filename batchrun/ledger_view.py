@@ -1,0 +1,306 @@
+"""The ledger, read: runs, slots, attempts and sums. What writes it is `ledger`.
+
+Every amount comes from the view `charged`: what an attempt was settled with, or what has been learnt of it since.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from decimal import Decimal
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import zstandard
+
+from batchrun.errors import StorageError
+from batchrun.migrations import check_version
+from batchrun.money import from_pico
+from batchrun.records import Slot, StandingAttempt
+
+
+class Run(NamedTuple):
+    """A run: the invocations that together answer every slot once."""
+
+    run: int
+    run_id: str
+    started_at: int
+    state: str
+    is_new: bool
+    """Nothing has been sent for it yet."""
+
+
+class SlotState(NamedTuple):
+    """What the ledger knows of a slot before it is asked."""
+
+    is_answered: bool
+    is_failed: bool
+    tries: int
+
+
+class EarlierAnswers(NamedTuple):
+    """Slots of a new run that earlier runs have answered."""
+
+    slots: int
+    run_id: str
+    usd: Decimal | None
+    """What those answers cost then; None if that is not known for all."""
+
+
+class LedgerView:
+    """One job's ledger, to be read.
+
+    Raises:
+        StorageError: from every method, when the file cannot be read.
+    """
+
+    def __init__(self, connection: sqlite3.Connection, path: Path) -> None:
+        self._db = connection
+        self.path = path
+
+    @classmethod
+    def read(cls, path: Path) -> LedgerView:
+        """Open a ledger without changing anything in it.
+
+        Raises:
+            StorageError: it cannot be read, or another version of batchrun must bring it up to date first.
+        """
+        with storage(path):
+            db = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None)
+            try:
+                check_version(db, path)
+            except BaseException:
+                db.close()
+                raise
+            return cls(db, path)
+
+    def close(self) -> None:
+        """Close the file; SQLite folds the write-ahead log into it."""
+        with storage(self.path):
+            self._db.close()
+
+    def last_run(self) -> Run | None:
+        """The newest run that has got as far as its input, open or not; None if there never was one."""
+        with storage(self.path):
+            row = self._db.execute(
+                "SELECT run, run_id, started_at, state FROM run WHERE input IS NOT NULL ORDER BY run DESC LIMIT 1"
+            ).fetchone()
+        return Run(row[0], row[1], row[2], row[3], is_new=False) if row else None
+
+    def last_snapshot(self, run: Run) -> tuple[dict[str, Any], str, str | None] | None:
+        """Job, endpoint identity and end reason of a run's newest invocation that had checked its input."""
+        with storage(self.path):
+            row = self._db.execute(
+                "SELECT job, endpoint, reason FROM invocation WHERE run = ? AND input IS NOT NULL "
+                "ORDER BY invocation DESC LIMIT 1",
+                (run.run,),
+            ).fetchone()
+        return (json.loads(row[0]), row[1], row[2]) if row else None
+
+    def placed_input(self, run: Run) -> dict[str, Any] | None:
+        """The input that the run's groups are placed by, with its number of `rows`; None before the first `place`."""
+        text = self._value("SELECT input FROM run WHERE run = ?", run.run)
+        found = json.loads(text) if text is not None else None
+        assert found is None or isinstance(found, dict)
+        return found
+
+    def has_answers(self) -> bool:
+        """True if any run of the job has an attempt: only then do the keys of the input matter."""
+        return self._value("SELECT 1 FROM attempt LIMIT 1") is not None
+
+    def earlier_answers(self, run: Run) -> EarlierAnswers | None:
+        """Slots that the last `place` saw and that earlier runs have answered."""
+        with storage(self.path):
+            row = self._db.execute(
+                """
+                WITH earlier AS (
+                    SELECT key, sample, max(run) AS run, avg(usd_pico) AS usd_pico
+                    FROM charged WHERE outcome = 'ok' AND run <> :run GROUP BY key, sample
+                )
+                SELECT count(*), max(earlier.run), sum(usd_pico), count(usd_pico)
+                FROM temp.asked JOIN earlier USING (key, sample)
+                """,
+                {"run": run.run},
+            ).fetchone()
+            if not row[0]:
+                return None
+            run_id = self._value("SELECT run_id FROM run WHERE run = ?", row[1])
+        return EarlierAnswers(row[0], run_id, from_pico(round(row[2])) if row[3] == row[0] else None)
+
+    def states(self, run: Run, start: int, stop: int) -> dict[Slot, SlotState]:
+        """The slots of rows `start` ≤ index < `stop` that have been asked, or cannot be."""
+        found: dict[Slot, SlotState] = {}
+        with storage(self.path):
+            rows = self._db.execute(
+                f"SELECT at, model, sample, max(outcome = 'ok'), {NEWEST_IS_FINAL}, count(*) "
+                f"FROM ({self.standing_sql(run)}) GROUP BY at, model, sample",
+                {"run": run.run, "start": start, "stop": stop},
+            )
+            for at, model, sample, is_ok, is_final, tries in rows:
+                found[Slot(at, model, sample)] = SlotState(bool(is_ok), bool(is_final) and not is_ok, tries)
+            faults = self._db.execute(
+                "SELECT row_index, model, sample FROM row_fault WHERE run = ? AND row_index >= ? AND row_index < ?",
+                (run.run, start, stop),
+            )
+            for fault in faults:
+                found[Slot(*fault)] = SlotState(False, True, 0)
+        return found
+
+    def standing(self, run: Run, start: int, stop: int) -> Iterator[StandingAttempt]:
+        """Settled attempts of the slots in rows `start` ≤ index < `stop`, slot by slot, oldest first."""
+        decompress = zstandard.ZstdDecompressor().decompress
+        with storage(self.path):
+            rows = self._db.execute(
+                f"""
+                SELECT at, model, sample, standing.attempt_id, key, client_request_id, settled_at, outcome, final,
+                    error, prompt_tokens, completion_tokens, total_tokens, cached_tokens, reasoning_tokens, usd_pico,
+                    cost_source, request_id, latency_us, first_token_us, streamed, flags,
+                    CASE outcome WHEN 'ok' THEN body END
+                FROM ({self.standing_sql(run)}) AS standing LEFT JOIN answer USING (attempt_id)
+                ORDER BY at, model, sample, standing.attempt_id
+                """,
+                {"run": run.run, "start": start, "stop": stop},
+            )
+            for row in rows:
+                at, model, sample, attempt_id, key, client_request_id, settled_at, outcome, final, error = row[:10]
+                usd_pico, cost_source, request_id, latency_us, first_token_us, streamed, flags, body = row[15:]
+                yield StandingAttempt(
+                    slot=Slot(at, model, sample),
+                    attempt_id=attempt_id,
+                    key=key,
+                    client_request_id=client_request_id,
+                    settled_at=settled_at,
+                    outcome=outcome,
+                    is_final=bool(final),
+                    error=error,
+                    usage=row[10:15],
+                    usd=from_pico(usd_pico) if usd_pico is not None else None,
+                    cost_source=cost_source,
+                    request_id=request_id,
+                    latency_seconds=seconds(latency_us),
+                    first_token_seconds=seconds(first_token_us),
+                    streamed=bool(streamed),
+                    flags=tuple(flags.split(",")) if flags else (),
+                    body=decompress(body) if body is not None else None,
+                )
+
+    def answer_bytes(self, run: Run, start: int, stop: int) -> int:
+        """Size of the answers in rows `start` ≤ index < `stop`."""
+        with storage(self.path):
+            size: int = self._db.execute(
+                f"SELECT coalesce(sum(size), 0) FROM ({self.standing_sql(run)}) AS standing "
+                "JOIN answer USING (attempt_id) WHERE outcome = 'ok'",
+                {"run": run.run, "start": start, "stop": stop},
+            ).fetchone()[0]
+        return size
+
+    def row_faults(self, run: Run, start: int, stop: int) -> dict[Slot, str]:
+        """Rows that give no request, with the reason."""
+        with storage(self.path):
+            rows = self._db.execute(
+                "SELECT row_index, model, sample, error FROM row_fault "
+                "WHERE run = ? AND row_index >= ? AND row_index < ?",
+                (run.run, start, stop),
+            ).fetchall()
+        return {Slot(*row[:3]): row[3] for row in rows}
+
+    def counts(self, run: Run) -> tuple[int, int]:
+        """Rows of a run that are ok, and that are failed."""
+        with storage(self.path):
+            ok, failed = self._db.execute(
+                f"SELECT coalesce(sum(ok), 0), coalesce(sum(final AND NOT ok), 0) FROM ("
+                f"SELECT max(outcome = 'ok') AS ok, {NEWEST_IS_FINAL} AS final FROM ({self.standing_sql(run)}) "
+                f"GROUP BY at, model, sample)",
+                everywhere(run),
+            ).fetchone()
+        faults = self._value("SELECT count(*) FROM row_fault WHERE run = ?", run.run)
+        return ok, failed + faults
+
+    def price_list(self, url: str) -> tuple[str | None, bytes] | None:
+        """ETag and body of a provider's list as it came last; None if it never came."""
+        for etag, body in self.rows("SELECT etag, body FROM price_list WHERE url = ?", (url,)):
+            with storage(self.path):
+                return etag, zstandard.ZstdDecompressor().decompress(body)
+        return None
+
+    # --- inside ---------------------------------------------------------------------------------------------
+
+    def standing_sql(self, run: Run) -> str:
+        """SQL of the settled attempts in rows :start ≤ at < :stop of run :run, each `at` the row it stands in."""
+        own = (
+            "SELECT row_index AS at, charged.* FROM charged WHERE run = :run AND row_index >= :start "
+            "AND row_index < :stop AND outcome IS NOT NULL"
+        )
+        if self._value("SELECT 1 FROM moved WHERE run = ? LIMIT 1", run.run) is None:
+            return own
+        return (
+            f"{own} AND NOT EXISTS (SELECT 1 FROM moved WHERE moved.run = charged.run "
+            "AND moved.row_index = charged.row_index AND moved.model = charged.model "
+            "AND moved.sample = charged.sample AND moved.key = charged.key) "
+            "UNION ALL SELECT moved.to_row AS at, charged.* FROM moved "
+            "JOIN charged USING (run, row_index, model, sample, key) "
+            "WHERE moved.run = :run AND moved.to_row >= :start AND moved.to_row < :stop AND outcome IS NOT NULL"
+        )
+
+    def rows(self, sql: str, parameters: Any = ()) -> list[tuple[Any, ...]]:
+        """What a query gives, all at once."""
+        with storage(self.path):
+            return self._db.execute(sql, parameters).fetchall()
+
+    def _value(self, sql: str, *parameters: Any) -> Any:
+        with storage(self.path):
+            row = self._db.execute(sql, parameters).fetchone()
+        return row[0] if row else None
+
+
+# Of a slot's attempts only the newest tells whether it is failed: one that is asked again is pending meanwhile.
+NEWEST_IS_FINAL = "max(attempt_id * 2 + final) & 1"
+
+
+def everywhere(run: Run) -> dict[str, int]:
+    """The bounds of `standing_sql` for all rows."""
+    return {"run": run.run, "start": 0, "stop": 2**62}
+
+
+@contextmanager
+def storage(path: Path) -> Iterator[None]:
+    """Errors of SQLite and the file system as ours."""
+    try:
+        yield
+    except (sqlite3.Error, zstandard.ZstdError) as exc:
+        raise StorageError(f"the ledger {path}: {exc}") from exc
+    except OSError as exc:
+        raise StorageError(f"the ledger {path}: {exc.strerror or exc}") from exc
+
+
+def seconds(microseconds: int | None) -> float | None:
+    return microseconds / 1e6 if microseconds is not None else None
+
+
+INTENT_COLUMNS = (
+    "attempt_id", "run", "invocation", "row_index", "model", "sample", "key", "number", "client_request_id", "sent_at",
+    "request_bytes", "reserved_pico",
+)  # fmt: skip
+SETTLEMENT_COLUMNS = (
+    "settled_at", "outcome", "final", "status", "error_kind", "error", "prompt_tokens", "completion_tokens",
+    "total_tokens", "cached_tokens", "cache_write_tokens", "reasoning_tokens", "usd_pico", "cost_source", "request_id",
+    "latency_us", "first_token_us", "streamed", "flags",
+)  # fmt: skip
+SEAL_MASK = 2**62 - 1
+
+
+def seal(values: Sequence[Any]) -> int:
+    """A hash of an attempt, below 2^62, by which `verify` tells whether it was altered since.
+
+    Args:
+        values: those of INTENT_COLUMNS, those of SETTLEMENT_COLUMNS, and the digest of the answer.
+    """
+    return int.from_bytes(blake2b(repr(tuple(values)).encode(), digest_size=8).digest()) >> 2
+
+
+def digest(body: bytes) -> str:
+    """What of an answer's body goes into its attempt's seal."""
+    return blake2b(body, digest_size=16).hexdigest()

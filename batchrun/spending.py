@@ -1,0 +1,158 @@
+"""What an invocation may spend: the price it reckons with, its budget, and the words for a cap that is reached."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from typing import Any
+
+from batchrun import accounts
+from batchrun.budget import Budget, Cap
+from batchrun.catalog import model_entry, price_list
+from batchrun.errors import ExitCode, JobError
+from batchrun.ledger import Ledger
+from batchrun.ledger_view import LedgerView, Run
+from batchrun.money import from_pico, to_pico, usd_text
+from batchrun.plan import Plan
+from batchrun.price_sources import choose_pricing
+from batchrun.prices import Pricing
+from batchrun.records import now_us
+from batchrun.runner import Stop
+from batchrun.summary import Summary
+
+_PERIODS = {"run": "this run", "day": "today (UTC)", "month": "this month (UTC)"}
+
+
+def pricing_of(plan: Plan, ledger: LedgerView | None, *, is_offline: bool = False) -> Pricing:
+    """The price that a job's model has now. The provider's list is asked for again only if it has changed.
+
+    Args:
+        ledger: keeps the list; None if there is none yet. It is written to only if it is a `Ledger`.
+        is_offline: take the list as it came last.
+    """
+    endpoint = plan.endpoint
+
+    def entry() -> Any:
+        kept = ledger.price_list(endpoint.url("models")) if ledger is not None else None
+        fetched = price_list(endpoint, kept[0] if kept is not None else None) if not is_offline else None
+        if fetched is not None and isinstance(ledger, Ledger):
+            ledger.keep_price_list(endpoint.url("models"), fetched[1], fetched[0])
+        body = fetched[0] if fetched is not None else kept[1] if kept is not None else None
+        return model_entry(body, plan.job.model) if body is not None else None
+
+    return choose_pricing(plan.job.prices, endpoint, plan.job.model, entry)
+
+
+def open_budget(plan: Plan, ledger: Ledger, run: Run, pricing: Pricing) -> tuple[Budget, Stop | None]:
+    """The budget of an invocation, and why nothing may be sent, if so.
+
+    Raises:
+        JobError: the job has a cap that cannot hold: no price, no bound on the answers, or costs of unknown size.
+    """
+    setting = plan.job.budget
+    now = now_us()
+    if setting is None:
+        budget = Budget(pricing)
+        _keep_prices(ledger, pricing, budget, now)
+        return budget, None
+    _refuse_boundless(plan, pricing, now)
+    cap = Cap(to_pico(setting.usd), setting.per)
+    of_run, since = run if setting.per == "run" else None, cap.began(now)
+    taken = accounts.held(ledger, of_run, since)
+    if taken.unbounded:
+        raise JobError(
+            f"budget: {taken.unbounded} earlier attempts of {_PERIODS[setting.per]} have an unknown cost and no "
+            f"reservation (no price was known then), so no cap can be kept: {_reconcile(plan)}without budget:, finish "
+            "the run; with another name:, begin anew"
+        )
+    budget = Budget(pricing, cap=cap, factor=setting.factor, held=taken.pico)
+    for usage, sent_at, usd in accounts.reported(ledger, run):
+        budget.learn(usage, sent_at, usd)
+    excess = accounts.overcharge(ledger, of_run, since)
+    _keep_prices(ledger, pricing, budget, now)
+    if excess is not None and _is_as_then(excess[2], pricing, budget, now):
+        usd, reserved, _ = excess
+        return budget, Stop(
+            ExitCode.LIMIT,
+            "budget",
+            f"an answer cost ${usd_text(usd)} where at most ${usd_text(reserved)} was to be expected: no cap holds at "
+            f"such prices; set budget: {{factor: {_factor_for(usd, reserved, budget)}}} or the right prices: to go on",
+        )
+    return budget, None
+
+
+def _keep_prices(ledger: Ledger, pricing: Pricing, budget: Budget, now: int) -> None:
+    snapshot = pricing.snapshot(now)
+    if snapshot is not None:
+        ledger.keep_prices(snapshot | {"factor": str(budget.factor)})
+
+
+def _is_as_then(then: dict[str, Any], pricing: Pricing, budget: Budget, now: int) -> bool:
+    """True if neither the factor was raised nor the prices were changed since an answer cost more than expected."""
+    prices = {name: value for name, value in then.items() if name != "factor"}
+    return prices == pricing.snapshot(now) and budget.factor <= Decimal(then.get("factor", 1))
+
+
+def _factor_for(usd: Decimal, reserved: Decimal, budget: Budget) -> Decimal:
+    return (usd / reserved * budget.factor).quantize(Decimal("0.1")) + 1 if reserved else Decimal(2)
+
+
+def _refuse_boundless(plan: Plan, pricing: Pricing, now: int) -> None:
+    price = pricing.price_at(now)
+    job, name = plan.job, plan.endpoint.name
+    if price is None:
+        raise JobError(
+            f"budget: no price is known for the model {job.model!r} at {name}, and without one no cap can hold: add "
+            "prices: {input_mtok: …, output_mtok: …} (dollars per million tokens)"
+        )
+    if price.is_free:
+        return
+    if plan.unbounded_row is not None and pricing.limits.completion_tokens is None:
+        raise JobError(
+            f"budget: nothing bounds the answer to row {plan.unbounded_row + 1}, and {name} publishes no limit for "
+            f"{job.model!r}: add parameters: {{max_tokens: …}}"
+        )
+    if plan.outside_row is not None and pricing.limits.context_tokens is None:
+        raise JobError(
+            f"budget: the request of row {plan.outside_row + 1} has the model read something elsewhere (an image or "
+            f"file by its address, a search), and {name} publishes no context length for {job.model!r}: send it in "
+            "the message (data:…), or take budget: out"
+        )
+
+
+def _reconcile(plan: Plan) -> str:
+    return f"`batchrun reconcile {plan.job.path.name}` asks the provider; " if plan.endpoint.has_logs else ""
+
+
+def cap_reached(plan: Plan, ledger: LedgerView, run: Run, summary: Summary) -> list[str]:
+    """What to say when a budget has stopped a run."""
+    setting = plan.job.budget
+    assert setting is not None
+    cap = Cap(to_pico(setting.usd), setting.per)
+    taken = accounts.held(ledger, run if setting.per == "run" else None, cap.began(now_us()))
+    held = ""
+    if taken.unknown_attempts:
+        held = (
+            f", and {taken.unknown_attempts} attempts of unknown cost hold up to ${usd_text(from_pico(taken.unknown))}"
+        )
+        if plan.endpoint.has_logs:
+            held += f" (`batchrun reconcile {plan.job.path.name}` settles them)"
+    lines = [
+        f"budget: the cap of ${usd_text(setting.usd)} for {_PERIODS[setting.per]} leaves no room for the next row: "
+        f"${usd_text(from_pico(taken.settled))} is spent{held}"
+    ]
+    settled = summary.totals.ok + summary.totals.failed
+    if summary.pending:
+        rate = summary.totals.usd / settled if settled else None
+        cost = f"; at the rate so far they would cost ${usd_text(round(rate * summary.pending, 4))}" if rate else ""
+        lines.append(f"{summary.pending} rows are left{cost}; raise budget: {{usd: …}} and run again to go on")
+    return lines
+
+
+def over_cap(plan: Plan, ledger: LedgerView, run: Run) -> Decimal | None:
+    """Dollars by which a job's cap is exceeded; None without a cap."""
+    setting = plan.job.budget
+    if setting is None:
+        return None
+    cap = Cap(to_pico(setting.usd), setting.per)
+    taken = accounts.held(ledger, run if setting.per == "run" else None, cap.began(now_us()))
+    return from_pico(max(0, taken.pico - cap.pico))
