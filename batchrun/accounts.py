@@ -90,6 +90,85 @@ def spent(ledger: LedgerView, run: Run) -> tuple[Decimal, int]:
     return from_pico(_summed(high, low)), tokens
 
 
+class Compared(NamedTuple):
+    """An attempt beside the lines that the provider's log has of it."""
+
+    attempt_id: int
+    row_index: int
+    client_request_id: str
+    ours: Decimal | None
+    cost_source: str | None
+    reserved: Decimal | None
+    over_at: int
+    """When it was over as far as we know; microseconds since 1970, UTC."""
+    theirs: Decimal | None
+    """None if the log has no line of it."""
+
+
+def unreconciled_since(ledger: LedgerView) -> int | None:
+    """When the first attempt was sent that the log should be asked about: of the newest run, or of unknown cost."""
+    ((since,),) = ledger.rows(
+        "SELECT min(sent_at) FROM charged WHERE usd_pico IS NULL OR run = (SELECT max(run) FROM attempt)"
+    )
+    assert since is None or isinstance(since, int)
+    return since
+
+
+def compared(ledger: LedgerView, since: int) -> Iterator[Compared]:
+    """Attempts since a moment whose cost is not known, or that the log has; after `Ledger.take_billed`."""
+    for attempt_id, row_index, client_request_id, ours, cost_source, reserved, over_at, theirs in ledger.rows(
+        "SELECT attempt_id, row_index, client_request_id, usd_pico, cost_source, reserved_pico, "
+        "sent_at + coalesce(latency_us, 0), theirs FROM charged LEFT JOIN (SELECT attempt_id, client_request_id, "
+        "sum(usd_pico) AS theirs FROM temp.billed GROUP BY attempt_id, client_request_id) "
+        "USING (attempt_id, client_request_id) "
+        "WHERE sent_at >= ? AND (usd_pico IS NULL OR theirs IS NOT NULL) ORDER BY attempt_id",
+        (since,),
+    ):
+        yield Compared(
+            attempt_id, row_index, client_request_id, _usd(ours), cost_source, _usd(reserved), over_at, _usd(theirs)
+        )
+
+
+def unknown_before(ledger: LedgerView, moment: int) -> int:
+    """Attempts of unknown cost that were sent before a moment."""
+    ((number,),) = ledger.rows("SELECT count(*) FROM charged WHERE usd_pico IS NULL AND sent_at < ?", (moment,))
+    return int(number)
+
+
+def unrecorded(ledger: LedgerView) -> tuple[int, Decimal]:
+    """Requests of ours in the log that the ledger does not know, and their dollars; after `Ledger.take_billed`."""
+    ((number, high, low),) = ledger.rows(
+        f"SELECT count(DISTINCT client_request_id), {_USD} FROM temp.billed "
+        "WHERE NOT EXISTS (SELECT 1 FROM attempt WHERE attempt.attempt_id = billed.attempt_id "
+        "AND attempt.client_request_id = billed.client_request_id)"
+    )
+    return number, from_pico(_summed(high, low))
+
+
+def _usd(pico: int | None) -> Decimal | None:
+    return from_pico(pico) if pico is not None else None
+
+
+class EstimatedAttempt(NamedTuple):
+    """An attempt whose cost the provider has not told."""
+
+    attempt_id: int
+    usage: Usage
+    sent_at: int
+    usd: Decimal | None
+
+
+def estimated(ledger: LedgerView, run: Run) -> Iterator[EstimatedAttempt]:
+    """The answers of a run whose cost is derived from their tokens, or not known."""
+    for attempt_id, sent_at, pico, *counts in ledger.rows(
+        "SELECT attempt_id, sent_at, usd_pico, prompt_tokens, completion_tokens, total_tokens, cached_tokens, "
+        "cache_write_tokens, reasoning_tokens FROM charged WHERE run = ? AND outcome = 'ok' "
+        "AND (usd_pico IS NULL OR cost_source IN ('job', 'provider_list', 'library')) ORDER BY attempt_id",
+        (run.run,),
+    ):
+        yield EstimatedAttempt(attempt_id, Usage(*counts), sent_at, _usd(pico))
+
+
 class RowCost(NamedTuple):
     """What a settled row took."""
 

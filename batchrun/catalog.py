@@ -45,7 +45,10 @@ def price_list(endpoint: Endpoint, etag: str | None) -> tuple[bytes, str | None]
     """
     if endpoint.price_query is None:
         return None
-    url = httpx.URL(endpoint.url("models")).copy_merge_params(dict(endpoint.price_query))
+    try:
+        url = httpx.URL(endpoint.url("models")).copy_merge_params(dict(endpoint.price_query))
+    except httpx.InvalidURL:  # a variable that is not set here
+        return None
     with _client(endpoint, {"If-None-Match": etag} if etag else {}) as client:
         found = _read(client, str(url))
     return None if found is None or _parsed(found[0]) is None else found

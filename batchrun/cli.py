@@ -111,36 +111,29 @@ def run(job: Path, retry_failed: bool, sample: int | None, as_json: bool, quiet:
 @cli.command()
 @_JOB
 @click.option("--rows", default=3, show_default=True, type=click.IntRange(0), help="How many rendered prompts to show.")
-def check(job: Path, rows: int) -> None:
-    """Validate a job, show its first prompts and count its rows; sends nothing."""
+@click.option("--offline", is_flag=True, help="Do not ask for the provider's price list.")
+@_AS_JSON
+def check(job: Path, rows: int, offline: bool, as_json: bool) -> None:
+    """Validate a job, show its first prompts, count its rows and estimate its cost; sends no prompt."""
     from batchrun.job import load_job
     from batchrun.offline import check
 
-    preview = check(load_job(job), os.environ, samples=rows)
-    for row_index, messages in preview.samples:
-        for message in messages:
-            content = message.get("content")
-            text = content if isinstance(content, str) else repr(content)
-            click.echo(f"row {row_index + 1}, {message.get('role')}: {_shortened(text.strip())}")
-    for fault in preview.faults:
-        click.echo(f"row {fault.slot.row_index + 1} would fail: {fault.error}")
-    if preview.fault_count > len(preview.faults):
-        click.echo(f"… and {preview.fault_count - len(preview.faults)} more rows would fail")
-    if preview.warning:
-        _say(f"warning: {preview.warning}")
-    found = preview.job
-    failing = f", {preview.fault_count} of which give no prompt and would fail" if preview.fault_count else ""
-    click.echo(f"{found.name}: {preview.rows} rows{failing}; model {found.model} at {found.provider.name}")
+    preview = check(load_job(job), os.environ, samples=rows, is_offline=offline)
+    for warning in preview.warnings:
+        _say(f"warning: {warning}")
+    click.echo(preview.to_json() if as_json else "\n".join(preview.lines()))
     if preview.rows and preview.fault_count == preview.rows:
         sys.exit(ExitCode.ROWS_FAILED)
 
 
 @cli.command()
 @_JOB
+@click.option("--reprice", is_flag=True, help="Derive the amounts that nobody reported anew, from the prices of now.")
+@click.option("--offline", is_flag=True, help="With --reprice: take the provider's price list as it came last.")
 @_AS_JSON
 @click.option("--quiet", "-q", is_flag=True, help="No summary on stderr; errors only.")
 @_ADOPT
-def export(job: Path, as_json: bool, quiet: bool, adopt_ledger: bool) -> None:
+def export(job: Path, reprice: bool, offline: bool, as_json: bool, quiet: bool, adopt_ledger: bool) -> None:
     """Write the Parquet of the newest run again, from the ledger, for nothing."""
     from batchrun.job import load_job
     from batchrun.lock import held
@@ -149,8 +142,62 @@ def export(job: Path, as_json: bool, quiet: bool, adopt_ledger: bool) -> None:
     with held(loaded.ledger_path):
         from batchrun.offline import export
 
-        summary = export(loaded, adopt=adopt_ledger)
+        summary, repriced = export(loaded, os.environ, adopt=adopt_ledger, reprices=reprice, is_offline=offline)
+    if repriced is not None and not quiet:
+        _say(repriced.line())
     _show(summary, as_json, quiet)
+
+
+@cli.command()
+@_JOB
+@click.option(
+    "--settle-after",
+    default=30.0,
+    show_default=True,
+    type=click.FloatRange(0),
+    metavar="MINUTES",
+    help="An attempt older than this that the provider's log does not have was not billed.",
+)
+@_AS_JSON
+def reconcile(job: Path, settle_after: float, as_json: bool) -> None:
+    """Settle unknown outcomes by the provider's own log, and compare the two bills (AI/ML API)."""
+    from batchrun.job import load_job
+    from batchrun.lock import held
+
+    loaded = load_job(job)
+    with held(loaded.ledger_path):
+        from batchrun.offline import refresh
+        from batchrun.reconcile import reconcile
+
+        found = reconcile(
+            loaded,
+            os.environ,
+            settle_after_seconds=settle_after * 60,
+            rewrite=lambda ledger: refresh(loaded, ledger),
+            on_page=lambda lines: _say(f"{lines} lines read") if lines and lines % 10_000 == 0 else None,
+        )
+    for line in found.report():
+        _say(line)
+    if as_json:
+        click.echo(found.to_json())
+    sys.exit(found.exit_code)
+
+
+@cli.command()
+@_JOB
+@_AS_JSON
+def verify(job: Path, as_json: bool) -> None:
+    """Prove offline that ledger and Parquet agree to the last digit; exit 1 with a list of what does not."""
+    from batchrun.job import load_job
+    from batchrun.lock import held
+
+    loaded = load_job(job)
+    with held(loaded.ledger_path):
+        from batchrun.verify import verify
+
+        verdict = verify(loaded)
+    click.echo(verdict.to_json() if as_json else "\n".join(verdict.lines()))
+    sys.exit(ExitCode.ROWS_FAILED if verdict.wrong else ExitCode.OK)
 
 
 @cli.command()
@@ -247,7 +294,3 @@ def _show(summary: Any, as_json: bool, quiet: bool) -> None:
             _say(line)
     if as_json:
         click.echo(summary.to_json())
-
-
-def _shortened(text: str, most: int = 500) -> str:
-    return text if len(text) <= most else f"{text[:most]}… ({len(text)} characters)"

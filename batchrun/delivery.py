@@ -46,23 +46,8 @@ def write_output(plan: Plan, ledger: LedgerView, run: Run, output: Path, summary
         StorageError: it cannot be written.
         BrokenPromiseError: its rows do not add up to the ledger.
     """
-    results = Results(
-        plan.result_schema,
-        run_id=run.run_id,
-        models=[plan.model],
-        requested={plan.model: plan.job.model},
-        prefix=plan.job.output.prefix,
-    )
+    results = results_of(plan, run)
     placed = ledger.placed_input(run)
-
-    def batches() -> Iterator[pa.RecordBatch]:
-        for batch in plan.source.batches():
-            for start, stop in _pieces(ledger, run, batch.start, batch.start + batch.rows.num_rows):
-                columns = results.batch(
-                    start, stop - start, ledger.standing(run, start, stop), ledger.row_faults(run, start, stop)
-                )
-                rows = batch.rows.slice(start - batch.start, stop - start)
-                yield pa.RecordBatch.from_arrays([*rows.columns, *columns.columns], schema=plan.schema)
 
     def manifest() -> str:
         # An input that changes while it is read again is the user's doing, and no broken promise.
@@ -70,7 +55,29 @@ def write_output(plan: Plan, ledger: LedgerView, run: Run, output: Path, summary
             _check_sums(summary, results)
         return exact_json(summary.manifest())
 
-    write_parquet(output, plan.schema, batches(), manifest)
+    write_parquet(output, plan.schema, expected_batches(plan, ledger, run, results), manifest)
+
+
+def results_of(plan: Plan, run: Run) -> Results:
+    """What builds the result columns of a run."""
+    return Results(
+        plan.result_schema,
+        run_id=run.run_id,
+        models=[plan.model],
+        requested={plan.model: plan.job.model},
+        prefix=plan.job.output.prefix,
+    )
+
+
+def expected_batches(plan: Plan, ledger: LedgerView, run: Run, results: Results) -> Iterator[pa.RecordBatch]:
+    """The rows of a run's output, from its input and what the ledger holds now."""
+    for batch in plan.source.batches():
+        for start, stop in _pieces(ledger, run, batch.start, batch.start + batch.rows.num_rows):
+            columns = results.batch(
+                start, stop - start, ledger.standing(run, start, stop), ledger.row_faults(run, start, stop)
+            )
+            rows = batch.rows.slice(start - batch.start, stop - start)
+            yield pa.RecordBatch.from_arrays([*rows.columns, *columns.columns], schema=plan.schema)
 
 
 def _pieces(ledger: LedgerView, run: Run, start: int, stop: int) -> Iterator[tuple[int, int]]:

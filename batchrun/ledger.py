@@ -275,6 +275,25 @@ class Ledger(LedgerView):
                     (attempt_id, to_pico(usd), cost_source, origin, now),
                 )
 
+    def take_billed(self, lines: Iterable[tuple[int, str, str, Decimal]]) -> int:
+        """Hold lines of the provider's log in memory that spills to disk, for `accounts.compared`; their number.
+
+        Args:
+            lines: the attempt that it names, our request id, the line's identity, dollars.
+        """
+        self._execute_script(
+            "DROP TABLE IF EXISTS temp.billed; CREATE TEMP TABLE billed (attempt_id INTEGER, client_request_id TEXT, "
+            "identity TEXT, usd_pico INTEGER, PRIMARY KEY (attempt_id, client_request_id, identity)) WITHOUT ROWID;"
+        )
+        for attempt_id, client_request_id, identity, usd in lines:
+            with storage(self.path):
+                # A page may show a line again that the page before had.
+                self._db.execute(
+                    "INSERT OR IGNORE INTO temp.billed VALUES (?, ?, ?, ?)",
+                    (attempt_id, client_request_id, identity, to_pico(usd)),
+                )
+        return int(self._value("SELECT count(*) FROM temp.billed"))
+
     def keep_price_list(self, url: str, etag: str | None, body: bytes) -> None:
         """Keep a provider's list for the next invocation."""
         with self._transaction():

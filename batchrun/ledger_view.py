@@ -41,6 +41,16 @@ class SlotState(NamedTuple):
     tries: int
 
 
+class Snapshot(NamedTuple):
+    """What an invocation worked by."""
+
+    job: dict[str, Any]
+    endpoint: str
+    """Its identity in the keys."""
+    reason: str | None
+    """Why it ended, if it was not because all was done."""
+
+
 class EarlierAnswers(NamedTuple):
     """Slots of a new run that earlier runs have answered."""
 
@@ -90,15 +100,19 @@ class LedgerView:
             ).fetchone()
         return Run(row[0], row[1], row[2], row[3], is_new=False) if row else None
 
-    def last_snapshot(self, run: Run) -> tuple[dict[str, Any], str, str | None] | None:
-        """Job, endpoint identity and end reason of a run's newest invocation that had checked its input."""
+    def run_ids(self) -> set[str]:
+        """Of all runs."""
+        return {run_id for (run_id,) in self.rows("SELECT run_id FROM run")}
+
+    def last_snapshot(self, run: Run) -> Snapshot | None:
+        """Of a run's newest invocation that had checked its input."""
         with storage(self.path):
             row = self._db.execute(
                 "SELECT job, endpoint, reason FROM invocation WHERE run = ? AND input IS NOT NULL "
                 "ORDER BY invocation DESC LIMIT 1",
                 (run.run,),
             ).fetchone()
-        return (json.loads(row[0]), row[1], row[2]) if row else None
+        return Snapshot(json.loads(row[0]), row[1], row[2]) if row else None
 
     def placed_input(self, run: Run) -> dict[str, Any] | None:
         """The input that the run's groups are placed by, with its number of `rows`; None before the first `place`."""
@@ -249,6 +263,11 @@ class LedgerView:
         """What a query gives, all at once."""
         with storage(self.path):
             return self._db.execute(sql, parameters).fetchall()
+
+    def each(self, sql: str, parameters: Any = ()) -> Iterator[tuple[Any, ...]]:
+        """What a query gives, row by row."""
+        with storage(self.path):
+            yield from self._db.execute(sql, parameters)
 
     def _value(self, sql: str, *parameters: Any) -> Any:
         with storage(self.path):

@@ -1,20 +1,27 @@
-"""What is done with a job without sending anything: `check` and `export`."""
+"""What is done with a job without sending a prompt: `check` and `export`."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from contextlib import closing, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from typing import Any
 
+from batchrun import accounts
 from batchrun.delivery import summarise, write_output
-from batchrun.errors import JobError, MissingHereError
+from batchrun.errors import JobError, MissingHereError, StorageError
+from batchrun.estimate import Estimate, Estimator
 from batchrun.job import Job
 from batchrun.ledger import Ledger
+from batchrun.ledger_view import LedgerView, Run, Snapshot
+from batchrun.money import usd_text
 from batchrun.plan import Plan, place
-from batchrun.records import RowFault
-from batchrun.summary import Summary
+from batchrun.records import RowFault, now_us
+from batchrun.sink import manifest_of
+from batchrun.spending import pricing_of, refuse_boundless
+from batchrun.summary import Summary, exact_json
 from batchrun.template import NotRenderedError
 
 _MOST_FAULTS = 5
@@ -31,23 +38,60 @@ class Preview:
     fault_count: int
     samples: list[tuple[int, list[dict[str, Any]]]]
     """Row index and rendered messages of the first rows."""
-    warning: str | None
+    estimate: Estimate
+    """What all rows take."""
+    warnings: list[str]
     """What a run would lack here."""
 
+    def lines(self) -> list[str]:
+        """Prompts, faults, the number of rows and the estimate."""
+        lines = []
+        for row_index, messages in self.samples:
+            for message in messages:
+                content = message.get("content")
+                text = content if isinstance(content, str) else repr(content)
+                lines.append(f"row {row_index + 1}, {message.get('role')}: {_shortened(text.strip())}")
+        lines += [f"row {fault.slot.row_index + 1} would fail: {fault.error}" for fault in self.faults]
+        if self.fault_count > len(self.faults):
+            lines.append(f"… and {self.fault_count - len(self.faults)} more rows would fail")
+        failing = f", {self.fault_count} of which give no prompt and would fail" if self.fault_count else ""
+        lines.append(f"{self.job.name}: {self.rows} rows{failing}; model {self.job.model} at {self.job.provider.name}")
+        return lines + self.estimate.lines()
 
-def check(job: Job, environ: Mapping[str, str], *, samples: int = 3) -> Preview:
-    """Validate a job and read its whole input; nothing is sent and nothing is written.
+    def to_json(self) -> str:
+        """One JSON object."""
+        document = {
+            "job": self.job.name,
+            "provider": self.job.provider.name,
+            "model": self.job.model,
+            "rows": self.rows,
+            "would_fail": self.fault_count,
+            "estimate": self.estimate.document(),
+            "warnings": self.warnings,
+        }
+        return exact_json(document)
+
+
+def check(job: Job, environ: Mapping[str, str], *, samples: int = 3, is_offline: bool = False) -> Preview:
+    """Validate a job, read its whole input and estimate what it takes; no prompt is sent and nothing is written.
+
+    Args:
+        is_offline: do not ask for the provider's price list either.
 
     Raises:
         JobError: what a run would refuse.
     """
-    warning = None
+    warnings = []
     try:
         plan = Plan.to_run(job, environ)
     except MissingHereError as exc:
         # Without its key, or the model on this machine, a job can still be checked.
         plan = Plan.to_read(job, "unchecked")
-        warning = f"a run would stop here: {exc}"
+        warnings.append(f"a run would stop here: {exc}")
+    with _history(job, warnings) as ledger:
+        pricing = pricing_of(plan, ledger, is_offline=is_offline)
+        measured = accounts.measured(ledger, plan.model) if ledger is not None else []
+    estimator = Estimator(pricing, measured)
     rows = fault_count = 0
     faults: list[RowFault] = []
     for request in plan.requests():
@@ -56,19 +100,48 @@ def check(job: Job, environ: Mapping[str, str], *, samples: int = 3) -> Preview:
             fault_count += 1
             if len(faults) < _MOST_FAULTS:
                 faults.append(request)
+        else:
+            estimator.take(request)
+    if job.budget is not None:
+        try:
+            refuse_boundless(plan, pricing, now_us())
+        except JobError as exc:
+            warnings.append(f"a run would stop here: {exc}")
     shown = []
     for batch in plan.source.batches(plan.template.columns):
         for offset, row in enumerate(batch.rows.slice(0, samples).to_pylist()):
             with suppress(NotRenderedError):
                 shown.append((batch.start + offset, plan.template.messages(row)))
         break
-    return Preview(job, rows, faults, fault_count, shown, warning)
+    return Preview(job, rows, faults, fault_count, shown, estimator.estimate(now_us()), warnings)
 
 
-def export(job: Job, *, adopt: bool = False) -> Summary:
+@contextmanager
+def _history(job: Job, warnings: list[str]) -> Iterator[LedgerView | None]:
+    """The job's ledger, if there is one that can be read."""
+    if not job.ledger_path.exists():
+        yield None
+        return
+    try:
+        ledger = LedgerView.read(job.ledger_path)
+    except StorageError as exc:
+        warnings.append(f"earlier answers are left out of the estimate: {exc}")
+        yield None
+        return
+    with closing(ledger):
+        yield ledger
+
+
+def export(
+    job: Job, environ: Mapping[str, str], *, adopt: bool = False, reprices: bool = False, is_offline: bool = False
+) -> tuple[Summary, Repriced | None]:
     """Write the output of the newest run again, from the ledger, for nothing. The caller holds the ledger's lock.
 
     What shapes the requests is taken from the run, so that a job file that has changed since finds its answers.
+
+    Args:
+        reprices: derive the amounts that nobody reported anew, from the prices of now and each request's date.
+        is_offline: take the provider's price list as it came last.
 
     Raises:
         BatchrunError: there is no run, or the output cannot be written.
@@ -83,9 +156,72 @@ def export(job: Job, *, adopt: bool = False) -> Summary:
             raise JobError(
                 f"there is nothing to export: no run of this job has got as far as its input ({ledger.path})"
             )
-        snapshot, identity, reason = known
-        plan = Plan.to_read(job.with_shape_of(snapshot), identity)
-        output = plan.output_path(run)
-        summary = replace(summarise(plan, ledger, run, place(plan, ledger, run)), output=str(output), reason=reason)
-        write_output(plan, ledger, run, output, summary)
-    return replace(summary, seconds=time.monotonic() - began)
+        repriced = _reprice(job, environ, ledger, run, is_offline) if reprices else None
+        summary = rewrite(job, ledger, run, known)
+    return replace(summary, seconds=time.monotonic() - began), repriced
+
+
+def rewrite(job: Job, ledger: Ledger, run: Run, known: Snapshot) -> Summary:
+    """Write the output of a run from what the ledger holds of it."""
+    plan = Plan.to_read(job.with_shape_of(known.job), known.endpoint)
+    output = plan.output_path(run)
+    rows = place(plan, ledger, run)
+    summary = replace(summarise(plan, ledger, run, rows), output=str(output), reason=known.reason)
+    write_output(plan, ledger, run, output, summary)
+    return summary
+
+
+def refresh(job: Job, ledger: Ledger) -> str | None:
+    """Write the newest run's output again, if it stands where it should; its path."""
+    run = ledger.last_run()
+    known = ledger.last_snapshot(run) if run is not None else None
+    if run is None or known is None:
+        return None
+    output = Plan.to_read(job.with_shape_of(known.job), known.endpoint).output_path(run)
+    manifest = manifest_of(output)
+    if manifest is None or manifest.get("run_id") != run.run_id:
+        return None
+    return rewrite(job, ledger, run, known).output
+
+
+@dataclass(frozen=True)
+class Repriced:
+    """What new prices have changed."""
+
+    attempts: int
+    before: Decimal
+    after: Decimal
+    source: str
+
+    def line(self) -> str:
+        """A short text."""
+        return (
+            f"repriced {self.attempts} attempts ({self.source} prices): ${usd_text(self.before)} before, "
+            f"${usd_text(self.after)} now; reported amounts are as they were"
+        )
+
+
+def _reprice(job: Job, environ: Mapping[str, str], ledger: Ledger, run: Run, is_offline: bool) -> Repriced:
+    try:
+        plan = Plan.to_run(job, environ)
+    except MissingHereError:
+        plan = Plan.to_read(job, "unchecked")
+    pricing = pricing_of(plan, ledger, is_offline=is_offline)
+    if pricing.source is None:
+        raise JobError(
+            f"no price is known for the model {job.model!r} at {plan.endpoint.name}: add prices: {{input_mtok: …, "
+            "output_mtok: …} (dollars per million tokens)"
+        )
+    changed = []
+    before = after = Decimal(0)
+    for attempt in accounts.estimated(ledger, run):
+        usd = pricing.usd(attempt.usage, attempt.sent_at)
+        if usd is not None:
+            changed.append((attempt.attempt_id, usd, pricing.source))
+            before, after = before + (attempt.usd or 0), after + usd
+    ledger.correct("reprice", changed)
+    return Repriced(len(changed), before, after, pricing.source)
+
+
+def _shortened(text: str, most: int = 500) -> str:
+    return text if len(text) <= most else f"{text[:most]}… ({len(text)} characters)"

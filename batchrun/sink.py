@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from batchrun.documents import parse_json
 from batchrun.errors import JobError, StorageError
 
 _GROUP_ROWS = 65_536
@@ -80,7 +80,7 @@ def check_writable(path: Path, job_name: str | None) -> None:
             raise StorageError(f"the output {path} is a folder: name a file")
         probe.open("wb").close()
         probe.unlink()
-        writer = _job_of(path) if path.exists() else None
+        writer = (manifest_of(path) or {}).get("job")
     except OSError as exc:
         raise StorageError(f"the output {path} cannot be written: {exc.strerror or exc}") from exc
     if job_name is not None and writer not in (None, job_name):
@@ -90,14 +90,13 @@ def check_writable(path: Path, job_name: str | None) -> None:
         )
 
 
-def _job_of(path: Path) -> str | None:
-    """The job that wrote a file; None if it was not batchrun's."""
+def manifest_of(path: Path) -> dict[str, Any] | None:
+    """The manifest of a file, amounts as exact decimals; None if there is no such file, or it is not batchrun's."""
     try:
-        manifest = json.loads((pq.read_metadata(path).metadata or {})[MANIFEST_KEY.encode()])
-    except (pa.ArrowException, KeyError, ValueError):
+        manifest = parse_json((pq.read_metadata(path).metadata or {})[MANIFEST_KEY.encode()])
+    except (FileNotFoundError, pa.ArrowException, KeyError, ValueError):
         return None
-    name = manifest.get("job") if isinstance(manifest, dict) else None
-    return name if isinstance(name, str) else None
+    return manifest if isinstance(manifest, dict) else None
 
 
 def _write(fp: Any, schema: pa.Schema, batches: Iterable[pa.RecordBatch], manifest: Callable[[], str]) -> None:

@@ -54,7 +54,7 @@ def open_budget(plan: Plan, ledger: Ledger, run: Run, pricing: Pricing) -> tuple
         budget = Budget(pricing)
         _keep_prices(ledger, pricing, budget, now)
         return budget, None
-    _refuse_boundless(plan, pricing, now)
+    refuse_boundless(plan, pricing, now)
     cap = Cap(to_pico(setting.usd), setting.per)
     of_run, since = run if setting.per == "run" else None, cap.began(now)
     taken = accounts.held(ledger, of_run, since)
@@ -96,7 +96,12 @@ def _factor_for(usd: Decimal, reserved: Decimal, budget: Budget) -> Decimal:
     return (usd / reserved * budget.factor).quantize(Decimal("0.1")) + 1 if reserved else Decimal(2)
 
 
-def _refuse_boundless(plan: Plan, pricing: Pricing, now: int) -> None:
+def refuse_boundless(plan: Plan, pricing: Pricing, now: int) -> None:
+    """Refuse a capped job whose worst case has no end; after its rows were read.
+
+    Raises:
+        JobError: it says what to add.
+    """
     price = pricing.price_at(now)
     job, name = plan.job, plan.endpoint.name
     if price is None:

@@ -28,11 +28,13 @@ FLOORS = [
         "local",
         "budget",
         "price_sources",
+        "estimate",
+        "provider_log",
     },
     {"runner", "starter", "plan"},
     {"spending"},
     {"delivery"},
-    {"invocation", "offline"},
+    {"invocation", "offline", "reconcile", "verify"},
     {"cli"},
     {"__main__"},
 ]
@@ -67,10 +69,12 @@ def test_imports_point_down() -> None:
 
 def test_only_one_room_knows_each_outside_thing() -> None:
     owners = {
-        "httpx": {"chat", "catalog"}, "aiohttp": {"chat"}, "tenacity": {"retry"}, "click": {"cli"},
+        "httpx": {"chat", "catalog", "provider_log"}, "aiohttp": {"chat"}, "tenacity": {"retry", "provider_log"},
+        "click": {"cli"},
         "tqdm": {"progress"},
         "xllamacpp": {"local"}, "jinja2": {"template"}, "ruamel": {"jobfile"}, "filelock": {"lock"},
-        "sqlite3": {"ledger", "ledger_view", "migrations", "uniqueness"}, "zstandard": {"ledger", "ledger_view"},
+        "sqlite3": {"ledger", "ledger_view", "migrations", "uniqueness"},
+        "zstandard": {"ledger", "ledger_view", "verify"},
         "genai_prices": {"price_sources"},
     }  # fmt: skip
     users: dict[str, set[str]] = {name: set() for name in owners}

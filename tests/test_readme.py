@@ -33,6 +33,8 @@ def test_the_job_of_the_readme_is_a_job(tmp_path: Path) -> None:
     assert load_job(path).model == "anthropic/claude-sonnet-4"
     path.write_text("input: a.csv\nmodel: m\noutput: o.parquet\n" + blocks("yaml")[1], encoding="utf-8")
     assert load_job(path).provider.name == "mine"
+    path.write_text(blocks("yaml")[2], encoding="utf-8")
+    assert load_job(path).budget is not None
 
 
 def test_every_key_of_a_job_is_in_the_readme() -> None:
@@ -47,7 +49,18 @@ def test_every_command_is_in_the_readme() -> None:
     commands = section("Commands")
     for name in cli.commands:
         assert f"batchrun {name} " in commands or name == "run", name
-    for option in ("--retry-failed", "--json", "--quiet", "--adopt-ledger", "--rows", "--output", "--sample"):
+    for option in (
+        "--retry-failed",
+        "--json",
+        "--quiet",
+        "--adopt-ledger",
+        "--rows",
+        "--output",
+        "--sample",
+        "--offline",
+        "--reprice",
+        "--settle-after",
+    ):
         assert option in commands
 
 

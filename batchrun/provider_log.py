@@ -1,0 +1,184 @@
+"""The provider's own log of what it billed: `GET /v2/logs` of AI/ML API, read to its end or not at all.
+
+It cannot be asked for one request: it is paged, newest first, and matched on our side. Lines that arrive meanwhile
+shift the pages, so that a line may be seen twice; it is never missed. Lines appear some time after their answer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+import httpx
+from tenacity import (
+    RetryCallState,
+    Retrying,
+    retry_if_exception_type,
+    stop_after_attempt,
+    stop_after_delay,
+    wait_random_exponential,
+)
+from tenacity.stop import stop_base
+
+from batchrun.documents import parse_json, sound
+from batchrun.errors import JobError, ProviderError
+from batchrun.failures import parse_retry_after
+from batchrun.money import usd_from_wire
+from batchrun.providers import Endpoint, proxy_for
+
+_PAGE = 100
+_TIMEOUT = httpx.Timeout(60.0, connect=10.0)
+_ATTEMPTS = 5
+"""Of one page, if the provider is in trouble or cannot be reached."""
+_PATIENCE = 600.0
+"""Seconds that one page is tried for, if the provider asks for fewer calls: it allows 200 in 60 s."""
+_LONGEST_WAIT = 120.0
+_LONGEST_WINDOW = timedelta(days=92)
+_MOST_SKEW = timedelta(minutes=10)
+
+
+@dataclass(frozen=True, slots=True)
+class BilledLine:
+    """A line of the log."""
+
+    client_request_id: str
+    identity: str
+    """What tells it from another line of the same request."""
+    is_failed: bool
+    usd: Decimal
+
+
+class _TryAgainError(Exception):
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+
+
+class _TooManyError(_TryAgainError):
+    """The provider asks for fewer calls."""
+
+    def __init__(self, wait: float | None) -> None:
+        super().__init__("it refuses more calls (429)")
+        self.wait = wait
+
+
+def window(first: datetime, now: datetime) -> tuple[datetime, datetime]:
+    """The part of the log to be read for requests sent since `first`; it reaches back 92 days at most."""
+    return max(first - _MOST_SKEW, now - _LONGEST_WINDOW), now
+
+
+def read_log(
+    endpoint: Endpoint, start: datetime, end: datetime, on_page: Callable[[int], None] = lambda lines: None
+) -> Iterator[BilledLine]:
+    """Every line of the window that carries an id of a client.
+
+    Args:
+        on_page: called with the number of lines read so far.
+
+    Raises:
+        JobError: the provider has no such log.
+        ProviderError: a page could not be had, so that lines may be missing: nothing must be concluded.
+    """
+    if not endpoint.has_logs:
+        raise JobError(f"the provider {endpoint.name!r} has no log that batchrun can read: only the AI/ML API has")
+    url = httpx.URL(re.sub(r"/v1$", "", endpoint.base_url.rstrip("/")) + "/v2/logs")
+    proxy = proxy_for(endpoint.base_url)
+    with httpx.Client(timeout=_TIMEOUT, headers=dict(endpoint.headers), trust_env=False, proxy=proxy) as client:
+        offset = 0
+        while True:
+            query: dict[str, str | int] = {"start": _iso(start), "end": _iso(end), "limit": _PAGE, "offset": offset}
+            document = _page(client, url.copy_merge_params(query))
+            lines, pagination = document.get("data"), document.get("pagination")
+            if not isinstance(lines, list) or not isinstance(pagination, Mapping):
+                raise ProviderError(f"{url} answers in a form that is not known; nothing was changed")
+            for line in lines:
+                if isinstance(line, Mapping) and isinstance(line.get("client_request_id"), str):
+                    yield _line(line)
+            offset += len(lines)
+            on_page(offset)
+            if not pagination.get("has_more", len(lines) == _PAGE):
+                return
+            if not lines:
+                raise ProviderError(f"{url} ends before its end (at line {offset}); nothing was changed")
+
+
+def _page(client: httpx.Client, url: httpx.URL) -> Mapping[str, Any]:
+    policy = Retrying(
+        retry=retry_if_exception_type(_TryAgainError),
+        wait=_told_or_backoff,
+        stop=_Patience(),
+        reraise=True,
+    )
+    try:
+        document: Mapping[str, Any] = policy(_get, client, url)
+    except _TryAgainError as exc:
+        raise ProviderError(f"the provider's log cannot be read to its end: {exc}; nothing was changed") from exc
+    return document
+
+
+class _Patience(stop_base):
+    def __call__(self, retry_state: RetryCallState) -> bool:
+        if isinstance(_error_of(retry_state), _TooManyError):
+            return stop_after_delay(_PATIENCE)(retry_state)
+        return stop_after_attempt(_ATTEMPTS)(retry_state)
+
+
+def _told_or_backoff(state: RetryCallState) -> float:
+    exc = _error_of(state)
+    told = exc.wait if isinstance(exc, _TooManyError) else None
+    return min(_LONGEST_WAIT, told) if told else wait_random_exponential(multiplier=0.5, max=30)(state)
+
+
+def _error_of(state: RetryCallState) -> BaseException | None:
+    return state.outcome.exception() if state.outcome is not None else None
+
+
+def _get(client: httpx.Client, url: httpx.URL) -> Mapping[str, Any]:
+    try:
+        response = client.get(url)
+    except httpx.HTTPError as exc:
+        raise _TryAgainError(f"{type(exc).__name__}: {exc}") from exc
+    if response.status_code == 429:
+        raise _TooManyError(parse_retry_after(response.headers.get("retry-after", "")))
+    if response.status_code >= 500:
+        raise _TryAgainError(f"it answers {response.status_code}")
+    if response.status_code != 200:
+        said = sound(response.text[:200])
+        raise ProviderError(f"the provider's log answers {response.status_code}: {said}; nothing was changed")
+    _refuse_skew(response.headers.get("date"))
+    try:
+        document = parse_json(response.content)
+    except ValueError as exc:
+        raise _TryAgainError(f"it answers no JSON ({exc})") from exc
+    return document if isinstance(document, Mapping) else {}
+
+
+def _refuse_skew(date: str | None) -> None:
+    """With clocks apart, the window would not hold what was sent in it."""
+    try:
+        theirs = parsedate_to_datetime(date or "")
+    except ValueError:
+        return
+    skew = theirs.replace(tzinfo=theirs.tzinfo or UTC) - datetime.now(UTC)
+    if abs(skew) > _MOST_SKEW:
+        raise ProviderError(
+            f"this machine's clock is {abs(skew)} away from the provider's: set it right; nothing was changed"
+        )
+
+
+def _line(line: Mapping[str, Any]) -> BilledLine:
+    cost = line.get("cost")
+    usd = usd_from_wire(cost.get("usd")) if isinstance(cost, Mapping) else None
+    is_failed = line.get("status") == "failed"
+    if usd is None and not is_failed:
+        raise ProviderError(f"a line of the provider's log has no cost ({str(dict(line))[:200]}); nothing was changed")
+    identity = [str(line.get(name)) for name in ("inference_id", "request_id", "created")]
+    return BilledLine(sound(line["client_request_id"]), "|".join(identity), is_failed, usd or Decimal(0))
+
+
+def _iso(moment: datetime) -> str:
+    return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

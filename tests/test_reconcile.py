@@ -1,0 +1,208 @@
+"""What unknown outcomes cost in truth: the provider's own log against ours."""
+
+from __future__ import annotations
+
+import signal
+import sqlite3
+import time
+from collections.abc import Callable
+from decimal import Decimal
+from typing import Any
+
+import pytest
+
+from .conftest import SONNET, FakeProvider, Result, Workspace, spent
+
+Provide = Callable[..., FakeProvider]
+
+
+def prompts(number: int) -> list[str]:
+    kinds = ["hangup", "half", None, None]
+    return [
+        f'{index} <<{{"fail": ["{kind}"]}}>>' if (kind := kinds[index % 4]) else f"row {index}"
+        for index in range(number)
+    ]
+
+
+def reconcile(work: Workspace, *args: str) -> Result:
+    return work.batchrun("reconcile", "job.yaml", "--json", *args)
+
+
+def ready(work: Workspace, provider: FakeProvider, number: int = 40, **keys: Any) -> None:
+    """A run with unknown outcomes in half of its rows."""
+    work.write_rows(prompts(number))
+    work.write_job(provider.base_url, **({"retry": {"max_attempts": 1}} | keys))
+    assert work.run().code == 1
+
+
+def test_unknown_outcomes_become_the_providers_truth(work: Workspace, provide: Provide) -> None:
+    provider = provide(models=[SONNET])
+    ready(work, provider)
+    before = work.manifest()
+    assert before["unknown_outcomes"] == 20
+    assert provider.bill > spent(work.rows())
+    result = reconcile(work)
+    assert result.code == 0, result.stderr
+    assert (result.json["billed"], result.json["still_unknown"], result.json["differing"]) == (20, 0, 0)
+    assert result.json["billed_usd"] == provider.bill - before["usd_spent"]
+    # The Parquet was written anew, and now it is the bill.
+    assert provider.bill == spent(work.rows()) == work.manifest()["usd_spent"]
+    assert {row["cost_source"] for row in work.rows()} == {"reported"}
+    assert {row["unknown_attempts"] for row in work.rows()} == {0}
+    assert work.manifest()["unknown_outcomes"] == 0
+    assert work.batchrun("verify", "job.yaml").code == 0
+    assert reconcile(work).json["billed"] == 0
+
+
+def test_after_kill_the_log_tells_what_was_done(work: Workspace, provide: Provide) -> None:
+    provider = provide(models=[SONNET], latency=0.3)
+    work.write_rows([f"row {index}" for index in range(200)])
+    work.write_job(provider.base_url, concurrency=16)
+    process = work.start("job.yaml")
+    deadline = time.monotonic() + 60
+    while len(provider.requests) < 40 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    time.sleep(1)  # what was under way comes to its end there
+    result = reconcile(work, "--settle-after", "0")
+    assert result.code == 0, result.stderr
+    db = sqlite3.connect(work.ledger)
+    (pico,) = db.execute("SELECT sum(usd_pico) FROM charged").fetchone()
+    db.close()
+    assert Decimal(pico).scaleb(-12) == provider.bill
+    assert work.run().code == 0
+    assert provider.bill == spent(work.rows())
+
+
+def test_failed_requests_are_not_billed(work: Workspace, provide: Provide) -> None:
+    provider = provide(models=[SONNET], p500=0.3, p_hangup=0.2)
+    work.write_rows([f"row {index}" for index in range(100)])
+    work.write_job(provider.base_url)
+    assert work.run().code in (0, 1)
+    assert reconcile(work).code == 0
+    assert provider.bill == spent(work.rows())
+
+
+def test_what_the_log_does_not_have_is_unknown_until_it_is_old(work: Workspace, provide: Provide) -> None:
+    provider = provide(models=[SONNET], log_lag=3600)
+    ready(work, provider)
+    spent_before = work.manifest()["usd_spent"]
+    result = reconcile(work)
+    assert result.code == 1
+    assert (result.json["billed"], result.json["not_billed"], result.json["still_unknown"]) == (0, 0, 20)
+    assert "still unknown: 20 attempts, up to $" in result.stderr
+    assert work.manifest()["unknown_outcomes"] == 20
+    old = reconcile(work, "--settle-after", "0")
+    assert old.code == 0
+    assert old.json["not_billed"] == 20
+    assert (work.manifest()["unknown_outcomes"], work.manifest()["usd_spent"]) == (0, spent_before)
+
+
+def test_pages_limits_and_lines_seen_twice(work: Workspace, provide: Provide) -> None:
+    provider = provide(models=[SONNET], log_429=3)
+    ready(work, provider, 420, concurrency=32)
+    result = reconcile(work)
+    assert result.code == 0, result.stderr
+    assert result.json["billed"] == 210
+    assert result.json["lines"] == 420
+    paths = [get["path"] for get in provider.gets if get["path"].startswith("/v2/logs")]
+    assert len(paths) > 5
+    assert all("limit=100" in path for path in paths)
+    assert provider.bill == spent(work.rows())
+
+
+def test_a_walk_that_does_not_reach_its_end_changes_nothing(work: Workspace, provide: Provide) -> None:
+    provider = provide(models=[SONNET], log_breaks_at=100)
+    ready(work, provider, 150)
+    before = work.output.read_bytes()
+    result = reconcile(work)
+    assert result.code == 4
+    assert "cannot be read to its end: it answers 500; nothing was changed" in result.stderr
+    assert work.output.read_bytes() == before
+    assert work.batchrun("export", "job.yaml").code == 0
+    assert work.manifest()["unknown_outcomes"] == 76
+
+
+def test_a_log_that_refuses_the_key_changes_nothing(work: Workspace, provide: Provide) -> None:
+    provider = provide(models=[SONNET])
+    ready(work, provider)
+    provider.stop()
+    provide(key="another key", port=provider.port)
+    result = reconcile(work)
+    assert result.code == 4
+    assert "the provider's log answers 401" in result.stderr
+    assert work.manifest()["unknown_outcomes"] == 20
+
+
+def test_lines_that_differ_are_shown(work: Workspace, provide: Provide) -> None:
+    provider = provide(models=[SONNET], log_adds=0.01)
+    work.write_rows(["a", "b"])
+    work.write_job(provider.base_url)
+    assert work.run().code == 0
+    ours = work.manifest()["usd_spent"]
+    result = reconcile(work)
+    assert result.code == 1
+    assert result.json["differing"] == 2
+    assert all(found["theirs"] == found["ours"] + Decimal("0.01") for found in result.json["differences"])
+    assert "differs: row 1: ours $0." in result.stderr
+    assert work.manifest()["usd_spent"] == ours  # what the provider reported stands
+
+
+def test_estimates_give_way_to_the_providers_own(work: Workspace, provide: Provide) -> None:
+    provider = provide(bill="none")
+    work.write_rows(["a", "b"])
+    work.write_job(provider.base_url)
+    assert work.run().code == 0
+    assert {row["cost_source"] for row in work.rows()} == {"library"}
+    assert provider.bill != spent(work.rows())
+    result = reconcile(work)
+    assert result.code == 0, result.stderr
+    assert result.json["estimates_replaced"] == 2
+    assert provider.bill == spent(work.rows())
+    assert {row["cost_source"] for row in work.rows()} == {"reported"}
+    # What the provider told stands above what would be derived.
+    assert work.batchrun("export", "job.yaml", "--reprice").code == 0
+    assert provider.bill == spent(work.rows())
+
+
+def test_requests_that_the_ledger_lost_are_told(work: Workspace, provide: Provide) -> None:
+    provider = provide(models=[SONNET])
+    work.write_rows(["a", "b", "c"])
+    work.write_job(provider.base_url)
+    assert work.run().code == 0
+    db = sqlite3.connect(work.ledger)
+    db.execute("DELETE FROM answer WHERE attempt_id = 2")
+    db.execute("DELETE FROM attempt WHERE attempt_id = 2")
+    db.commit()
+    db.close()
+    result = reconcile(work)
+    assert result.code == 1
+    assert result.json["unrecorded"] == 1
+    assert result.json["unrecorded_usd"] > 0
+    assert "1 requests of ours" in result.stderr
+
+
+def test_a_budget_gets_back_what_was_not_billed(work: Workspace, provide: Provide) -> None:
+    provider = provide(models=[SONNET], log_missing=1)
+    ready(work, provider, 8, budget={"usd": 0.026}, parameters={"max_tokens": 200}, concurrency=1)
+    assert reconcile(work, "--settle-after", "0").json["not_billed"] == 4
+    result = work.run("--retry-failed", "--json")
+    assert result.code == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"provider": "local", "model": "smollm2-135m"}, "has no log"),
+        ({}, "there is nothing to reconcile"),
+    ],
+)
+def test_what_cannot_be_reconciled_is_refused(
+    work: Workspace, provide: Provide, keys: dict[str, Any], said: str
+) -> None:
+    work.write_rows(["a"])
+    work.write_job(provide().base_url, **keys)
+    result = reconcile(work)
+    assert result.code == 2
+    assert said in result.stderr
