@@ -50,6 +50,23 @@ MESSAGES = {
     503: "Service unavailable",
 }
 
+SONNET = {
+    "id": "anthropic/claude-sonnet-4",
+    "aliases": ["claude-sonnet-4"],
+    "info": {"contextLength": 200_000, "outputMax": 64_000},
+    "pricing": {
+        "kind": "fixed",
+        "currency": "USD",
+        "units": [
+            {"name": "token", "measure": "input", "origin": "provided", "price": 3.9, "per": 1_000_000},
+            {"name": "token", "measure": "input", "origin": "cached", "price": 0.39, "per": 1_000_000},
+            {"name": "token", "measure": "input", "origin": "cache_write", "price": 4.875, "per": 1_000_000},
+            {"name": "token", "measure": "output", "origin": "generated", "price": 0.0195, "per": 1000},
+        ],
+    },
+}
+"""An entry of the AI/ML API's list with what is charged here; the list that is given unless told otherwise."""
+
 
 class Provider:
     def __init__(self, log: str, options: dict[str, Any]) -> None:
@@ -101,7 +118,8 @@ class Provider:
                 await self.logs(path, headers, writer)
                 return True
             path = urlsplit(path).path
-            listed = self.options.get("deprecations" if path.endswith("/deprecations") else "models")
+            is_list = not path.endswith("/deprecations")
+            listed = self.options.get("models", [SONNET]) if is_list else self.options.get("deprecations")
             payload = json.dumps({"data": listed or []}).encode()
             status = 200 if listed is not None else 404
             etag = f'W/"{blake2b(payload, digest_size=8).hexdigest()}"'

@@ -21,7 +21,7 @@ FAILURES = {"p400": 0.02, "p429": 0.02, "p500": 0.02, "p_hangup": 0.02, "p_half"
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-@pytest.mark.parametrize("models", [[SONNET], None])
+@pytest.mark.parametrize("models", [[SONNET], None], ids=["listed", "estimated"])
 def test_the_books_are_the_bill(
     work: Workspace, provide: Provide, streamed: bool, models: list[dict[str, Any]] | None
 ) -> None:
@@ -58,7 +58,7 @@ def storm(work: Workspace, provide: Provide, seed: int, rows: int, concurrency: 
         writer.writerows(
             (f"row {index} " + "x" * chance.randrange(300), chance.randrange(1, 400)) for index in range(rows)
         )
-    options = {"models": [SONNET], "bill": "mix", "wordy": True, "seed": seed}
+    options = {"bill": "mix", "wordy": True, "seed": seed}
     keys = {
         "input": {"path": "in.csv", "columns": {"n": "int64"}}, "parameters": {"max_tokens": "{{ n }}"},
         "concurrency": concurrency,
@@ -111,7 +111,7 @@ def test_a_cap_weathers_five_storms_of_2000_rows(work: Workspace, provide: Provi
 
 @pytest.mark.slow
 def test_reconcile_walks_a_long_log(work: Workspace, provide: Provide, tmp_path: Path) -> None:
-    provider = provide(models=[SONNET], p_hangup=0.1, log_429=7)
+    provider = provide(p_hangup=0.1, log_429=7)
     work.write_rows([f"row {index}" for index in range(5000)])
     work.write_job(provider.base_url, concurrency=100)
     assert work.run().code in (0, 1)

@@ -17,13 +17,13 @@ from batchrun.projection import project
 from batchrun.records import Exchange, Intent, Request, Settlement, Slot
 from batchrun.usage import Usage
 
-from .conftest import SONNET, FakeProvider, Workspace, spent
+from .conftest import FakeProvider, Workspace, spent
 
 Provide = Callable[..., FakeProvider]
 
 
 def test_check_estimates_by_rule_of_thumb_and_sends_no_prompt(work: Workspace, provide: Provide) -> None:
-    provider = provide(models=[SONNET], wordy=True)
+    provider = provide(wordy=True)
     work.write_rows([f"Is the word number {index} a good word for it?" for index in range(500)])
     work.write_job(provider.base_url, parameters={"max_tokens": 200})
     result = work.batchrun("check", "job.yaml", "--json")
@@ -40,7 +40,7 @@ def test_check_estimates_by_rule_of_thumb_and_sends_no_prompt(work: Workspace, p
 
 
 def test_check_offline_asks_nobody(work: Workspace, provide: Provide) -> None:
-    provider = provide(models=[SONNET])
+    provider = provide()
     work.write_rows(["a"])
     work.write_job(provider.base_url)
     result = work.batchrun("check", "job.yaml", "--offline")
@@ -55,7 +55,7 @@ def test_check_offline_asks_nobody(work: Workspace, provide: Provide) -> None:
 
 
 def test_check_measures_by_earlier_answers(work: Workspace, provide: Provide) -> None:
-    provider = provide(models=[SONNET])
+    provider = provide()
     work.write_rows([f"row number {index}" for index in range(40)])
     work.write_job(provider.base_url)
     assert work.run().code == 0
@@ -90,14 +90,14 @@ def test_check_says_what_is_lacking(work: Workspace, provide: Provide, keys: dic
 
 def test_check_of_nothing_costs_nothing(work: Workspace, provide: Provide) -> None:
     work.write_rows([])
-    work.write_job(provide(models=[SONNET]).base_url)
+    work.write_job(provide().base_url)
     result = work.batchrun("check", "job.yaml", "--json")
     assert result.code == 0, result.stderr
     assert result.json["estimate"]["usd"] == {"low": 0, "likely": 0, "high": 0}
 
 
 def test_a_sample_projects_and_the_next_call_goes_on(work: Workspace, provide: Provide) -> None:
-    provider = provide(models=[SONNET], wordy=True)
+    provider = provide(wordy=True)
     work.write_rows([f"row {index}" for index in range(600)])
     work.write_job(provider.base_url, parameters={"max_tokens": 300})
     result = work.run("--sample", "60", "--json")

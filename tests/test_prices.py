@@ -222,7 +222,9 @@ def snapshot(work: Workspace) -> dict[str, Any]:
 
 
 def test_the_published_price_makes_up_for_what_is_not_reported(work: Workspace, provide: Provide) -> None:
-    provider = provide(bill="none", models=[SONNET])
+    provider = provide(
+        bill="none",
+    )
     work.write_rows(["a", "a rather longer prompt than that"])
     work.write_job(provider.base_url, model="claude-sonnet-4")  # an alias
     result = work.run("--json")
@@ -239,7 +241,9 @@ def test_the_published_price_makes_up_for_what_is_not_reported(work: Workspace, 
 def test_the_list_is_asked_for_once_without_the_key_and_again_only_by_its_etag(
     work: Workspace, provide: Provide
 ) -> None:
-    provider = provide(bill="none", models=[SONNET])
+    provider = provide(
+        bill="none",
+    )
     work.write_rows([str(index) for index in range(30)])
     work.write_job(provider.base_url)
     assert work.run().code == 0
@@ -257,9 +261,9 @@ def test_the_jobs_price_comes_before_the_list_and_the_list_before_the_library(
 ) -> None:
     work.write_rows(["a"])
     for keys, options, source in (
-        ({"prices": {"input_mtok": 3, "output_mtok": 15}}, {"models": [SONNET]}, "job"),
-        ({}, {"models": [SONNET]}, "provider_list"),
-        ({}, {}, "library"),
+        ({"prices": {"input_mtok": 3, "output_mtok": 15}}, {}, "job"),
+        ({}, {}, "provider_list"),
+        ({}, {"models": None}, "library"),
         ({}, {"models": [{"id": "anthropic/claude-sonnet-4", "pricing": None}]}, "library"),
     ):
         work.write_job(provide(bill="none", **options).base_url, **keys)
@@ -271,7 +275,7 @@ def test_the_jobs_price_comes_before_the_list_and_the_list_before_the_library(
 
 def test_without_the_library_a_price_is_unknown(work: Workspace, provide: Provide) -> None:
     work.write_rows(["a"])
-    work.write_job(provide(bill="none").base_url)
+    work.write_job(provide(bill="none", models=None).base_url)
     script = work.folder / "without.py"
     script.write_text(
         "import sys\nsys.modules['genai_prices'] = None\nfrom batchrun.cli import main\n"
@@ -285,14 +289,16 @@ def test_without_the_library_a_price_is_unknown(work: Workspace, provide: Provid
 def test_an_amount_far_from_its_tokens_is_flagged(work: Workspace, provide: Provide) -> None:
     # The answers of 2025: credits in the token fields.
     work.write_rows(['<<{"usage": {"prompt_tokens": 50000, "completion_tokens": 63000, "total_tokens": 113000}}>>'])
-    work.write_job(provide(models=[SONNET]).base_url)
+    work.write_job(provide().base_url)
     assert work.run().code == 0
     (row,) = work.rows()
     assert (row["cost_source"], row["flags"]) == ("reported", ["suspicious_cost"])
 
 
 def test_reprice_derives_what_nobody_reported_anew(work: Workspace, provide: Provide) -> None:
-    provider = provide(bill="mix", models=[SONNET])
+    provider = provide(
+        bill="mix",
+    )
     work.write_rows([f"row {index}" for index in range(40)])
     work.write_job(provider.base_url, prices={"input_mtok": 1, "output_mtok": 1})
     assert work.run().code == 0

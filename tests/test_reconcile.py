@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from .conftest import SONNET, FakeProvider, Result, Workspace, spent
+from .conftest import FakeProvider, Result, Workspace, spent
 
 Provide = Callable[..., FakeProvider]
 
@@ -36,7 +36,7 @@ def ready(work: Workspace, provider: FakeProvider, number: int = 40, **keys: Any
 
 
 def test_unknown_outcomes_become_the_providers_truth(work: Workspace, provide: Provide) -> None:
-    provider = provide(models=[SONNET])
+    provider = provide()
     ready(work, provider)
     before = work.manifest()
     assert before["unknown_outcomes"] == 20
@@ -55,7 +55,7 @@ def test_unknown_outcomes_become_the_providers_truth(work: Workspace, provide: P
 
 
 def test_after_kill_the_log_tells_what_was_done(work: Workspace, provide: Provide) -> None:
-    provider = provide(models=[SONNET], latency=0.3)
+    provider = provide(latency=0.3)
     work.write_rows([f"row {index}" for index in range(200)])
     work.write_job(provider.base_url, concurrency=16)
     process = work.start("job.yaml")
@@ -76,16 +76,16 @@ def test_after_kill_the_log_tells_what_was_done(work: Workspace, provide: Provid
 
 
 def test_failed_requests_are_not_billed(work: Workspace, provide: Provide) -> None:
-    provider = provide(models=[SONNET], p500=0.3, p_hangup=0.2)
+    provider = provide(p500=0.1, p_hangup=0.2)
     work.write_rows([f"row {index}" for index in range(100)])
-    work.write_job(provider.base_url)
+    work.write_job(provider.base_url, retry={"max_attempts": 2})
     assert work.run().code in (0, 1)
     assert reconcile(work).code == 0
     assert provider.bill == spent(work.rows())
 
 
 def test_what_the_log_does_not_have_is_unknown_until_it_is_old(work: Workspace, provide: Provide) -> None:
-    provider = provide(models=[SONNET], log_lag=3600)
+    provider = provide(log_lag=3600)
     ready(work, provider)
     spent_before = work.manifest()["usd_spent"]
     result = reconcile(work)
@@ -100,7 +100,7 @@ def test_what_the_log_does_not_have_is_unknown_until_it_is_old(work: Workspace, 
 
 
 def test_pages_limits_and_lines_seen_twice(work: Workspace, provide: Provide) -> None:
-    provider = provide(models=[SONNET], log_429=3)
+    provider = provide(log_429=3)
     ready(work, provider, 420, concurrency=32)
     result = reconcile(work)
     assert result.code == 0, result.stderr
@@ -113,7 +113,7 @@ def test_pages_limits_and_lines_seen_twice(work: Workspace, provide: Provide) ->
 
 
 def test_a_walk_that_does_not_reach_its_end_changes_nothing(work: Workspace, provide: Provide) -> None:
-    provider = provide(models=[SONNET], log_breaks_at=100)
+    provider = provide(log_breaks_at=100)
     ready(work, provider, 150)
     before = work.output.read_bytes()
     result = reconcile(work)
@@ -125,7 +125,7 @@ def test_a_walk_that_does_not_reach_its_end_changes_nothing(work: Workspace, pro
 
 
 def test_a_log_that_refuses_the_key_changes_nothing(work: Workspace, provide: Provide) -> None:
-    provider = provide(models=[SONNET])
+    provider = provide()
     ready(work, provider)
     provider.stop()
     provide(key="another key", port=provider.port)
@@ -136,7 +136,7 @@ def test_a_log_that_refuses_the_key_changes_nothing(work: Workspace, provide: Pr
 
 
 def test_lines_that_differ_are_shown(work: Workspace, provide: Provide) -> None:
-    provider = provide(models=[SONNET], log_adds=0.01)
+    provider = provide(log_adds=0.01)
     work.write_rows(["a", "b"])
     work.write_job(provider.base_url)
     assert work.run().code == 0
@@ -150,7 +150,7 @@ def test_lines_that_differ_are_shown(work: Workspace, provide: Provide) -> None:
 
 
 def test_estimates_give_way_to_the_providers_own(work: Workspace, provide: Provide) -> None:
-    provider = provide(bill="none")
+    provider = provide(bill="none", models=None)
     work.write_rows(["a", "b"])
     work.write_job(provider.base_url)
     assert work.run().code == 0
@@ -167,7 +167,7 @@ def test_estimates_give_way_to_the_providers_own(work: Workspace, provide: Provi
 
 
 def test_requests_that_the_ledger_lost_are_told(work: Workspace, provide: Provide) -> None:
-    provider = provide(models=[SONNET])
+    provider = provide()
     work.write_rows(["a", "b", "c"])
     work.write_job(provider.base_url)
     assert work.run().code == 0
@@ -184,7 +184,7 @@ def test_requests_that_the_ledger_lost_are_told(work: Workspace, provide: Provid
 
 
 def test_a_budget_gets_back_what_was_not_billed(work: Workspace, provide: Provide) -> None:
-    provider = provide(models=[SONNET], log_missing=1)
+    provider = provide(log_missing=1)
     ready(work, provider, 8, budget={"usd": 0.026}, parameters={"max_tokens": 200}, concurrency=1)
     assert reconcile(work, "--settle-after", "0").json["not_billed"] == 4
     result = work.run("--retry-failed", "--json")

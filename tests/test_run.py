@@ -169,6 +169,7 @@ def test_a_stream_that_stays_open_after_its_end_counts_as_whole(work: Workspace,
     assert work.run().code == 0
     (row,) = work.rows()
     assert (row["response"], row["finish_reason"], row["flags"]) == ("whole", "stop", ["incomplete_tail"])
+    provider.wait_for(1)
     assert spent([row]) == provider.bill
 
 

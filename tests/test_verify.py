@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 import sqlite3
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from .conftest import SONNET, FakeProvider, Result, Workspace
+from .conftest import FakeProvider, Result, Workspace, fake_providers
 
 Provide = Callable[..., FakeProvider]
 
@@ -19,10 +21,25 @@ def verify(work: Workspace) -> Result:
     return work.batchrun("verify", "job.yaml")
 
 
-@pytest.fixture
-def done(work: Workspace, provide: Provide) -> Workspace:
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     """A finished run over rows of every fate, after an earlier run."""
-    provider = provide(models=[SONNET], bill="mix", p429=0.05, p500=0.05, p_hangup=0.05)
+    folder = tmp_path_factory.mktemp("original")
+    work = Workspace(folder / "work")
+    work.folder.mkdir()
+    with fake_providers(folder) as provide:
+        _run(work, provide(bill="mix", p429=0.05, p500=0.05, p_hangup=0.05))
+    return work
+
+
+@pytest.fixture
+def done(original: Workspace, tmp_path: Path) -> Workspace:
+    """A copy of it, to be altered."""
+    shutil.copytree(original.folder, tmp_path / "work")
+    return Workspace(tmp_path / "work")
+
+
+def _run(work: Workspace, provider: FakeProvider) -> None:
     bad = ['<<{"fail": [400]}>>', '<<{"fail": ["hangup"]}>>']
     work.write_rows(["first"])
     work.write_job(provider.base_url, budget={"usd": 1})
@@ -32,7 +49,6 @@ def done(work: Workspace, provide: Provide) -> Workspace:
     result = verify(work)
     assert result.code == 0, result.stdout
     assert "42 rows agree, and no promise was broken" in result.stdout
-    return work
 
 
 def alter(work: Workspace, *statements: str) -> None:
@@ -176,7 +192,7 @@ def test_what_cannot_be_compared_is_noted_and_not_wrong(done: Workspace) -> None
 
 
 def test_an_unfinished_run_verifies(work: Workspace, provide: Provide) -> None:
-    provider = provide(models=[SONNET], refuse_after=10)
+    provider = provide(refuse_after=10)
     work.write_rows([f"row {index}" for index in range(30)])
     work.write_job(provider.base_url)
     assert work.run().code == 4

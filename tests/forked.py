@@ -1,0 +1,101 @@
+"""The command line in processes of its own that need not import everything anew: forks of one that has.
+
+A program that stands ready with all of batchrun imported (and nothing done) reads calls from its standard input, a
+JSON object a line, and forks for each. A call that must be a process from its very beginning, to be killed or
+to show what it imports, starts Python itself (`Workspace.start`).
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+
+class Forks:
+    """Runs the command line in forks of a warm process."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        atexit.register(self._end)
+
+    def call(self, args: tuple[str, ...], cwd: Path, env: dict[str, str], timeout: float) -> tuple[int, str, str]:
+        """Exit code, stdout and stderr; a call that does not end in time is killed."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with tempfile.TemporaryDirectory() as folder:
+            out, err = Path(folder) / "out", Path(folder) / "err"
+            call = {"args": args, "cwd": str(cwd), "env": env, "out": str(out), "err": str(err), "timeout": timeout}
+            self._process.stdin.write(json.dumps(call) + "\n")
+            self._process.stdin.flush()
+            code = int(self._process.stdout.readline())
+            return code, out.read_text(encoding="utf-8"), err.read_text(encoding="utf-8")
+
+    def _end(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+def _serve() -> None:
+    # What a run imports, as far as it holds no thread and no open file.
+    import batchrun.chat
+    import batchrun.cli
+    import batchrun.invocation
+    import batchrun.offline
+    import batchrun.reconcile
+    import batchrun.verify  # noqa: F401
+
+    for line in sys.stdin:
+        call = json.loads(line)
+        pid = os.fork()
+        if pid == 0:
+            _become(call)
+        signal.signal(signal.SIGALRM, lambda number, frame, pid=pid: os.kill(pid, signal.SIGKILL))
+        signal.setitimer(signal.ITIMER_REAL, call["timeout"])
+        _, status = os.waitpid(pid, 0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        print(os.waitstatus_to_exitcode(status), flush=True)
+
+
+def _become(call: dict[str, Any]) -> None:
+    """The child: as if it had been started with these arguments."""
+    import random
+
+    import batchrun.cli
+
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    os.chdir(call["cwd"])
+    os.environ.clear()
+    os.environ.update(call["env"])
+    new = os.O_WRONLY | os.O_CREAT
+    for number, name, mode in ((0, os.devnull, os.O_RDONLY), (1, call["out"], new), (2, call["err"], new)):
+        opened = os.open(name, mode, 0o600)
+        os.dup2(opened, number)
+        os.close(opened)
+    encoding = os.environ.get("PYTHONIOENCODING", "utf-8")
+    sys.stdin, sys.stdout = open(0), open(1, "w", encoding=encoding)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, encoding=encoding)  # noqa: SIM115
+    sys.argv = ["batchrun", *call["args"]]
+    random.seed()
+    code = 1
+    try:
+        batchrun.cli.main()
+    except SystemExit as exc:
+        code = exc.code if isinstance(exc.code, int) else 0
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    _serve()
