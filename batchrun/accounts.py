@@ -116,7 +116,7 @@ def unreconciled_since(ledger: LedgerView) -> int | None:
 
 def compared(ledger: LedgerView, since: int) -> Iterator[Compared]:
     """Attempts since a moment whose cost is not known, or that the log has; after `Ledger.take_billed`."""
-    for attempt_id, row_index, client_request_id, ours, cost_source, reserved, over_at, theirs in ledger.rows(
+    for attempt_id, row_index, client_request_id, ours, cost_source, reserved, over_at, theirs in ledger.each(
         "SELECT attempt_id, row_index, client_request_id, usd_pico, cost_source, reserved_pico, "
         "sent_at + coalesce(latency_us, 0), theirs FROM charged LEFT JOIN (SELECT attempt_id, client_request_id, "
         "sum(usd_pico) AS theirs FROM temp.billed GROUP BY attempt_id, client_request_id) "
@@ -160,7 +160,7 @@ class EstimatedAttempt(NamedTuple):
 
 def estimated(ledger: LedgerView, run: Run) -> Iterator[EstimatedAttempt]:
     """The answers of a run whose cost is derived from their tokens, or not known."""
-    for attempt_id, sent_at, pico, *counts in ledger.rows(
+    for attempt_id, sent_at, pico, *counts in ledger.each(
         "SELECT attempt_id, sent_at, usd_pico, prompt_tokens, completion_tokens, total_tokens, cached_tokens, "
         "cache_write_tokens, reasoning_tokens FROM charged WHERE run = ? AND outcome = 'ok' "
         "AND (usd_pico IS NULL OR cost_source IN ('job', 'provider_list', 'library')) ORDER BY attempt_id",

@@ -24,9 +24,9 @@ from batchrun.prices import Pricing
 from batchrun.progress import Progress
 from batchrun.projection import Projection, project
 from batchrun.records import Request
-from batchrun.runner import Runner, Stop
+from batchrun.runner import NO_ROOM, Runner, Stop
 from batchrun.sink import check_writable
-from batchrun.spending import cap_reached, open_budget, pricing_of
+from batchrun.spending import cap_reached, open_budget, pricing_of, rows_left
 from batchrun.summary import Summary
 
 _OTHER_FILES = 64
@@ -92,7 +92,7 @@ def run(job: Job, options: Options, environ: Mapping[str, str], *, say: Say, str
             rows = place(plan, ledger, current)
             settled = _announce(ledger, current, rows, say)
             ended = _ask(context, rows, settled)
-            if ended.stop is not None:
+            if ended.stop is not None and ended.stop is not NO_ROOM:
                 say(ended.stop.message)
             if ended.stop is not None and ended.stop.reason == "auth" and plan.endpoint.key_variable:
                 say(f"look at the key in {plan.endpoint.key_variable}, then run again to go on")
@@ -283,9 +283,10 @@ def _finish(context: _Context, rows: int, ended: _Ended) -> Summary:
         reason=reason,
         projection=_projected(summary, ledger, plan.job.concurrency) if is_sample else None,
     )
-    if stop is not None and stop.reason == "budget":
-        for line in cap_reached(plan, ledger, current, summary):
-            say(line)
+    if stop is NO_ROOM:
+        say(cap_reached(plan, ledger, current))
+    if stop is not None and stop.reason == "budget" and summary.pending:
+        say(rows_left(summary))
     is_whole = summary.pending == 0
     is_wanted = (is_whole or plan.job.output.partial) and not (stop is not None and stop.is_immediate)
     if is_wanted and is_readable and not is_broken:

@@ -49,6 +49,7 @@ class Progress:
         self._failed = self._retries = 0
         self._tokens = tokens
         self._usd = self._usd_before = usd
+        self._is_estimated = False
         self._bar: Any = None
         if stream.isatty():
             from tqdm import tqdm
@@ -70,6 +71,7 @@ class Progress:
         """Take one settled attempt."""
         self._tokens += settlement.exchange.usage.total_tokens or 0
         self._usd += settlement.exchange.cost.usd or 0
+        self._is_estimated |= settlement.exchange.cost.source == "library"
         if not settlement.is_final:
             self._retries += 1
             return
@@ -96,7 +98,8 @@ class Progress:
 
     def _facts(self) -> str:
         # Dollars first: a narrow terminal cuts the end off, and half an amount reads as a whole one.
-        usd = f"${usd_text(round(self._usd, 6))}{self._projected()}"
+        estimated = " estimated" if self._is_estimated else ""
+        usd = f"${usd_text(round(self._usd, 6))}{self._projected()}{estimated}"
         return f"{usd}, {self._failed} failed, {self._retries} retries, {self._tokens} tokens"
 
     def _projected(self) -> str:

@@ -56,6 +56,9 @@ class Stop:
     """A second signal: nothing is awaited, not even the writing of the output."""
 
 
+NO_ROOM = Stop(ExitCode.LIMIT, "budget", "the next row does not fit into the budget")
+
+
 @dataclass(order=True)
 class _Work:
     due: float
@@ -200,7 +203,7 @@ class Runner:
                 return
             if reservation is None:
                 # The row stays pending.
-                self._halt(Stop(ExitCode.LIMIT, "budget", "the next row does not fit into the budget"))
+                self._halt(NO_ROOM)
                 return
             intent = self._ledger.intent(self._run, work.request, work.tries + 1, reservation)
             await self._journal.intend(intent)

@@ -128,12 +128,11 @@ def _reconcile(plan: Plan) -> str:
     return f"`batchrun reconcile {plan.job.path.name}` asks the provider; " if plan.endpoint.has_logs else ""
 
 
-def cap_reached(plan: Plan, ledger: LedgerView, run: Run, summary: Summary) -> list[str]:
-    """What to say when a budget has stopped a run."""
+def cap_reached(plan: Plan, ledger: LedgerView, run: Run) -> str:
+    """What to say when the next row does not fit into the budget."""
     setting = plan.job.budget
     assert setting is not None
-    cap = Cap(to_pico(setting.usd), setting.per)
-    taken = accounts.held(ledger, run if setting.per == "run" else None, cap.began(now_us()))
+    taken = _taken(plan, ledger, run)
     held = ""
     if taken.unknown_attempts:
         held = (
@@ -141,16 +140,26 @@ def cap_reached(plan: Plan, ledger: LedgerView, run: Run, summary: Summary) -> l
         )
         if plan.endpoint.has_logs:
             held += f" (`batchrun reconcile {plan.job.path.name}` settles them)"
-    lines = [
+    return (
         f"budget: the cap of ${usd_text(setting.usd)} for {_PERIODS[setting.per]} leaves no room for the next row: "
         f"${usd_text(from_pico(taken.settled))} is spent{held}"
-    ]
+    )
+
+
+def rows_left(summary: Summary) -> str:
+    """What a budget has left undone, and what that would cost."""
     settled = summary.totals.ok + summary.totals.failed
-    if summary.pending:
-        rate = summary.totals.usd / settled if settled else None
-        cost = f"; at the rate so far they would cost ${usd_text(round(rate * summary.pending, 4))}" if rate else ""
-        lines.append(f"{summary.pending} rows are left{cost}; raise budget: {{usd: …}} and run again to go on")
-    return lines
+    rate = summary.totals.usd / settled if settled else None
+    cost = f"; at the rate so far they would cost ${usd_text(round(rate * summary.pending, 4))}" if rate else ""
+    return f"{summary.pending} rows are left{cost}; raise budget: {{usd: …}} and run again to go on"
+
+
+def _taken(plan: Plan, ledger: LedgerView, run: Run) -> accounts.Held:
+    """What of a job's cap is taken now."""
+    setting = plan.job.budget
+    assert setting is not None
+    since = Cap(to_pico(setting.usd), setting.per).began(now_us())
+    return accounts.held(ledger, run if setting.per == "run" else None, since)
 
 
 def over_cap(plan: Plan, ledger: LedgerView, run: Run) -> Decimal | None:
@@ -158,6 +167,4 @@ def over_cap(plan: Plan, ledger: LedgerView, run: Run) -> Decimal | None:
     setting = plan.job.budget
     if setting is None:
         return None
-    cap = Cap(to_pico(setting.usd), setting.per)
-    taken = accounts.held(ledger, run if setting.per == "run" else None, cap.began(now_us()))
-    return from_pico(max(0, taken.pico - cap.pico))
+    return from_pico(max(0, _taken(plan, ledger, run).pico - to_pico(setting.usd)))

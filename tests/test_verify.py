@@ -208,3 +208,29 @@ def test_verify_changes_nothing_and_needs_a_ledger(done: Workspace) -> None:
     result = verify(done)
     assert result.code == 2
     assert "there is nothing to verify" in result.stderr
+
+
+def test_a_ledger_of_the_first_version_is_brought_up_to_date(done: Workspace) -> None:
+    manifest = done.manifest()
+    alter_all = [
+        "DROP VIEW charged", "DROP TABLE correction", "DROP TABLE price_list",
+        *(f"ALTER TABLE attempt DROP COLUMN {name}" for name in ("request_bytes", "reserved_pico", "seal")),
+        *(f"ALTER TABLE run DROP COLUMN {name}" for name in ("attempts", "settled", "seals")),
+        "PRAGMA user_version = 1",
+    ]  # fmt: skip
+    db = sqlite3.connect(done.ledger)
+    for statement in alter_all:
+        db.execute(statement)
+    db.commit()
+    db.close()
+    result = verify(done)
+    assert result.code == 6
+    assert "`batchrun export` brings it up to date" in result.stderr
+    assert done.batchrun("export", "job.yaml").code == 0
+    assert verify(done).code == 0
+    assert {name: value for name, value in done.manifest().items() if name != "unknown_usd_at_most"} == {
+        name: value for name, value in manifest.items() if name != "unknown_usd_at_most"
+    }
+    # Without seals, an answer still speaks for its own counts.
+    alter(done, "UPDATE attempt SET prompt_tokens = 1 WHERE attempt_id = 5")
+    assert "other counts than its answer" in verify(done).stdout
