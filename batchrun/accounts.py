@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, NamedTuple
 
@@ -23,17 +22,19 @@ def _sum(column: str) -> str:
 
 
 _USD, _RESERVED = _sum("usd_pico"), _sum("CASE WHEN usd_pico IS NULL THEN reserved_pico END")
+_MARGIN = _sum("CASE WHEN usd_pico IS NOT NULL THEN held_pico - usd_pico END")
 
 
 def _summed(high: int, low: int) -> int:
     return (high << 30) + low
 
 
-@dataclass(frozen=True, slots=True)
-class Held:
+class Held(NamedTuple):
     """What of a cap is taken, in pico-dollars."""
 
     settled: int
+    margin: int
+    """By which amounts that are derived from tokens are counted higher than they are."""
     unknown: int
     """Reserved by attempts whose cost is not known."""
     unknown_attempts: int
@@ -43,41 +44,41 @@ class Held:
     @property
     def pico(self) -> int:
         """All of it."""
-        return self.settled + self.unknown
+        return self.settled + self.margin + self.unknown
 
 
 def held(ledger: LedgerView, run: Run | None, since: int) -> Held:
     """What the attempts of a run (of all runs if None) that were sent since a moment have taken."""
-    ((settled_high, settled_low, high, low, unknown, unbounded),) = ledger.rows(
-        f"SELECT {_USD}, {_RESERVED}, coalesce(sum(usd_pico IS NULL), 0), "
+    ((*sums, unknown, unbounded),) = ledger.rows(
+        f"SELECT {_USD}, {_MARGIN}, {_RESERVED}, coalesce(sum(usd_pico IS NULL), 0), "
         "coalesce(sum(usd_pico IS NULL AND reserved_pico IS NULL), 0) "
         "FROM charged WHERE (run = :run OR :run IS NULL) AND sent_at >= :since",
         {"run": run.run if run is not None else None, "since": since},
     )
-    return Held(_summed(settled_high, settled_low), _summed(high, low), unknown, unbounded)
+    return Held(_summed(*sums[:2]), _summed(*sums[2:4]), _summed(*sums[4:]), unknown, unbounded)
 
 
 def overcharge(ledger: LedgerView, run: Run | None, since: int) -> tuple[Decimal, Decimal, dict[str, Any]] | None:
-    """The newest attempt that cost more than was reserved: dollars, what was reserved, and the prices of then."""
+    """The newest attempt that cost more than was reserved: dollars, what was reserved, and the job of then."""
     rows = ledger.rows(
-        "SELECT usd_pico, reserved_pico, invocation.prices FROM charged JOIN invocation USING (invocation) "
+        "SELECT usd_pico, reserved_pico, job FROM charged JOIN invocation USING (invocation) "
         "WHERE usd_pico > reserved_pico AND (charged.run = :run OR :run IS NULL) AND sent_at >= :since "
         "ORDER BY attempt_id DESC LIMIT 1",
         {"run": run.run if run is not None else None, "since": since},
     )
     if not rows:
         return None
-    usd, reserved, prices = rows[0]
-    return from_pico(usd), from_pico(reserved), json.loads(prices) if prices else {}
+    usd, reserved, job = rows[0]
+    return from_pico(usd), from_pico(reserved), json.loads(job)
 
 
-def reported(ledger: LedgerView, run: Run) -> Iterator[tuple[Usage, int, Decimal]]:
-    """Counts, time and dollars of a run's newest answers whose cost the provider has told."""
+def reported(ledger: LedgerView, run: Run, model: str) -> Iterator[tuple[Usage, int, Decimal]]:
+    """Counts, time and dollars of a model's newest answers in a run whose cost the provider has told."""
     for *counts, sent_at, usd in ledger.rows(
         "SELECT prompt_tokens, completion_tokens, total_tokens, cached_tokens, cache_write_tokens, reasoning_tokens, "
-        "sent_at, usd_pico FROM charged WHERE run = ? AND outcome = 'ok' AND cost_source IN ('reported', 'credits') "
-        "ORDER BY attempt_id DESC LIMIT 200",
-        (run.run,),
+        "sent_at, usd_pico FROM charged WHERE run = ? AND model = ? AND outcome = 'ok' "
+        "AND cost_source IN ('reported', 'credits') ORDER BY attempt_id DESC LIMIT 200",
+        (run.run, model),
     ):
         yield Usage(*counts), sent_at, from_pico(usd)
 
@@ -98,9 +99,13 @@ class Compared(NamedTuple):
     client_request_id: str
     ours: Decimal | None
     cost_source: str | None
+    origin: str | None
+    """What told our amount after the attempt was settled: `reconcile`, `reprice`, or nothing."""
     reserved: Decimal | None
-    over_at: int
-    """When it was over as far as we know; microseconds since 1970, UTC."""
+    sent_at: int
+    """Microseconds since 1970, UTC."""
+    seconds: float | None
+    """Until it was over; None if that is not known."""
     theirs: Decimal | None
     """None if the log has no line of it."""
 
@@ -115,24 +120,49 @@ def unreconciled_since(ledger: LedgerView) -> int | None:
 
 
 def compared(ledger: LedgerView, since: int) -> Iterator[Compared]:
-    """Attempts since a moment whose cost is not known, or that the log has; after `Ledger.take_billed`."""
-    for attempt_id, row_index, client_request_id, ours, cost_source, reserved, over_at, theirs in ledger.each(
-        "SELECT attempt_id, row_index, client_request_id, usd_pico, cost_source, reserved_pico, "
-        "sent_at + coalesce(latency_us, 0), theirs FROM charged LEFT JOIN (SELECT attempt_id, client_request_id, "
-        "sum(usd_pico) AS theirs FROM temp.billed GROUP BY attempt_id, client_request_id) "
+    """Attempts since a moment whose cost is not known, or that the log has; after `Ledger.take_billed`.
+
+    They are as they were when this was called, whatever is corrected while they are drawn.
+    """
+    ledger.rows("DROP TABLE IF EXISTS temp.compared")
+    ledger.rows(
+        "CREATE TEMP TABLE compared AS SELECT attempt_id, row_index, client_request_id, charged.usd_pico, cost_source, "
+        "origin, reserved_pico, sent_at, latency_us, theirs FROM charged LEFT JOIN (SELECT attempt_id, "
+        "client_request_id, sum(usd_pico) AS theirs FROM temp.billed GROUP BY attempt_id, client_request_id) "
         "USING (attempt_id, client_request_id) "
-        "WHERE sent_at >= ? AND (usd_pico IS NULL OR theirs IS NOT NULL) ORDER BY attempt_id",
+        "WHERE sent_at >= ? AND (charged.usd_pico IS NULL OR theirs IS NOT NULL) ORDER BY attempt_id",
         (since,),
+    )
+    for *named, ours, cost_source, origin, reserved, sent_at, latency_us, theirs in ledger.each(
+        "SELECT * FROM temp.compared"
     ):
+        attempt_id, row_index, client_request_id = named
         yield Compared(
-            attempt_id, row_index, client_request_id, _usd(ours), cost_source, _usd(reserved), over_at, _usd(theirs)
-        )
+            attempt_id, row_index, client_request_id, _usd(ours), cost_source, origin, _usd(reserved), sent_at,
+            seconds(latency_us), _usd(theirs),
+        )  # fmt: skip
 
 
-def unknown_before(ledger: LedgerView, moment: int) -> int:
-    """Attempts of unknown cost that were sent before a moment."""
-    ((number,),) = ledger.rows("SELECT count(*) FROM charged WHERE usd_pico IS NULL AND sent_at < ?", (moment,))
-    return int(number)
+def known_in_log(ledger: LedgerView, since: int, until: int) -> tuple[int, int]:
+    """Attempts of a time that the provider itself reported as billed: those that its log has, and those that not."""
+    ((found, missing),) = ledger.rows(
+        "SELECT coalesce(sum(is_there), 0), coalesce(sum(NOT is_there), 0) FROM (SELECT EXISTS ("
+        "SELECT 1 FROM temp.billed WHERE billed.attempt_id = attempt.attempt_id "
+        "AND billed.client_request_id = attempt.client_request_id) AS is_there FROM attempt "
+        "WHERE cost_source IN ('reported', 'credits') AND usd_pico > 0 AND sent_at >= ? AND sent_at <= ?)",
+        (since, until),
+    )
+    return found, missing
+
+
+def unknown_before(ledger: LedgerView, moment: int) -> tuple[int, Decimal | None]:
+    """Attempts of unknown cost that were sent before a moment, and the most that they can have cost."""
+    ((number, unbounded, high, low),) = ledger.rows(
+        f"SELECT count(*), coalesce(sum(reserved_pico IS NULL), 0), {_RESERVED} FROM charged "
+        "WHERE usd_pico IS NULL AND sent_at < ?",
+        (moment,),
+    )
+    return number, from_pico(_summed(high, low)) if not unbounded else None
 
 
 def unrecorded(ledger: LedgerView) -> tuple[int, Decimal]:
@@ -149,8 +179,8 @@ def _usd(pico: int | None) -> Decimal | None:
     return from_pico(pico) if pico is not None else None
 
 
-class EstimatedAttempt(NamedTuple):
-    """An attempt whose cost the provider has not told."""
+class DerivedAttempt(NamedTuple):
+    """An answer whose cost the provider has not told."""
 
     attempt_id: int
     usage: Usage
@@ -158,15 +188,26 @@ class EstimatedAttempt(NamedTuple):
     usd: Decimal | None
 
 
-def estimated(ledger: LedgerView, run: Run) -> Iterator[EstimatedAttempt]:
-    """The answers of a run whose cost is derived from their tokens, or not known."""
-    for attempt_id, sent_at, pico, *counts in ledger.each(
-        "SELECT attempt_id, sent_at, usd_pico, prompt_tokens, completion_tokens, total_tokens, cached_tokens, "
-        "cache_write_tokens, reasoning_tokens FROM charged WHERE run = ? AND outcome = 'ok' "
-        "AND (usd_pico IS NULL OR cost_source IN ('job', 'provider_list', 'library')) ORDER BY attempt_id",
-        (run.run,),
-    ):
-        yield EstimatedAttempt(attempt_id, Usage(*counts), sent_at, _usd(pico))
+def derived(ledger: LedgerView, run: Run, model: str) -> Iterator[DerivedAttempt]:
+    """The answers of a model in a run whose cost is derived from their tokens, or not known.
+
+    They are as they were when this was called, whatever is corrected while they are drawn.
+    """
+    ledger.rows("DROP TABLE IF EXISTS temp.derived")
+    ledger.rows(
+        "CREATE TEMP TABLE derived AS SELECT attempt_id, sent_at, usd_pico, prompt_tokens, completion_tokens, "
+        "total_tokens, cached_tokens, cache_write_tokens, reasoning_tokens FROM charged WHERE run = ? AND model = ? "
+        "AND outcome = 'ok' AND (usd_pico IS NULL OR cost_source IN ('job', 'provider_list', 'library')) "
+        "ORDER BY attempt_id",
+        (run.run, model),
+    )
+    for attempt_id, sent_at, pico, *counts in ledger.each("SELECT * FROM temp.derived"):
+        yield DerivedAttempt(attempt_id, Usage(*counts), sent_at, _usd(pico))
+
+
+def models(ledger: LedgerView, run: Run) -> list[str]:
+    """The models that a run has asked."""
+    return [model for (model,) in ledger.rows("SELECT DISTINCT model FROM attempt WHERE run = ?", (run.run,))]
 
 
 class RowCost(NamedTuple):
@@ -200,15 +241,16 @@ class Measured(NamedTuple):
     completion_tokens: int
 
 
-def measured(ledger: LedgerView, model: str) -> list[Measured]:
-    """The newest answers of a model in any run of the job."""
+def measured(ledger: LedgerView, model: str, parameters: str) -> list[Measured]:
+    """The newest answers of a model in any run of the job with the same parameters (JSON text)."""
     return [
         Measured(*row)
         for row in ledger.rows(
-            "SELECT request_bytes, prompt_tokens, completion_tokens FROM attempt WHERE model = ? AND outcome = 'ok' "
+            "SELECT request_bytes, prompt_tokens, completion_tokens FROM attempt JOIN invocation USING (invocation) "
+            "WHERE model = ? AND json_extract(job, '$.parameters') = json(?) AND outcome = 'ok' "
             "AND request_bytes > 0 AND prompt_tokens > 0 AND completion_tokens IS NOT NULL "
             f"ORDER BY attempt_id DESC LIMIT {_MEASURED}",
-            (model,),
+            (model, parameters),
         )
     ]
 

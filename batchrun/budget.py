@@ -12,16 +12,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
+from typing import NamedTuple
 
-from batchrun.money import to_pico
+from batchrun.money import DERIVED, to_pico
 from batchrun.prices import Pricing, is_plausible
 from batchrun.records import Exchange, Request, Reservation, now_us
 from batchrun.usage import Usage
 
 _TOKENS_PER_MESSAGE = 16
 _TOKENS_PER_REQUEST = 32
+_TOKENS_PER_MEDIUM = 8192
+"""Besides its bytes: a small image can be many tokens."""
 _LIBRARY_FACTOR = Decimal("1.5")
 _MEASURED_MARGIN = Decimal("1.1")
+_MOST_PICO = 2**62
+"""What the ledger can hold."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,15 @@ class Cap:
         day = datetime.fromtimestamp(now / 1e6, UTC).replace(hour=0, minute=0, second=0, microsecond=0)
         first = day.replace(day=1) if self.per == "month" else day
         return int(first.timestamp()) * 1_000_000
+
+
+class Hold(NamedTuple):
+    """What a settled attempt leaves behind."""
+
+    pico: int | None
+    """What the cap counts it as, where that is neither its cost nor its reservation."""
+    is_over: bool
+    """It cost more than was reserved: no cap can hold at such a cost."""
 
 
 class Budget:
@@ -70,13 +84,16 @@ class Budget:
         self._measured_factor = Decimal(0)
         self._held = held
         self._clock = clock
-        self._period = cap.began(clock()) if cap is not None else 0
+        self._now = clock()
+        self._period = cap.began(self._now) if cap is not None else 0
         self._bound = PromptBound()
         self._turn = asyncio.Lock()
         self._settled = asyncio.Event()
         self._is_closed = False
         self.in_flight = 0
         """Reservations that wait for their answer."""
+        self.refused_pico: int | None = None
+        """What a request could cost that did not fit."""
 
     @property
     def is_durable(self) -> bool:
@@ -91,32 +108,36 @@ class Budget:
         """
         async with self._turn:
             while not self._is_closed:
-                now = self._clock()
+                now = self._now = max(self._now, self._clock())  # a clock that is set back begins no day anew
                 most = self.most_pico(request, now)
                 if self._fits(most, now):
                     self._held += most or 0
                     self.in_flight += 1
                     return Reservation(most, now)
                 if self.in_flight == 0:
+                    self.refused_pico = most
                     return None
                 self._settled.clear()
                 await self._settled.wait()
         return None
 
-    def settle(self, request: Request, reservation: Reservation, exchange: Exchange) -> bool:
-        """Give a reservation way to the cost, if that is known; False if no cap can hold at such a cost."""
+    def settle(self, request: Request, reservation: Reservation, exchange: Exchange) -> Hold:
+        """Give a reservation way to the cost, if that is known."""
         self.in_flight -= 1
         usd = exchange.cost.usd
         reserved = reservation.pico or 0
-        cost = to_pico(usd) if usd is not None else reserved
+        cost = held = to_pico(usd) if usd is not None else reserved
+        if usd is not None and exchange.cost.source in DERIVED and self.factor > 1:
+            # What the provider really charges may be as far above the price that we know as is reserved for.
+            held = max(cost, min(reserved, to_pico(usd * self.factor)))
         if self._cap is None or self._cap.began(reservation.made_at) == self._period:
-            self._held += cost - reserved
+            self._held += held - reserved
         if exchange.cost.source in ("reported", "credits") and usd is not None:
             self.learn(exchange.usage, reservation.made_at, usd)
         if exchange.outcome == "ok" and not {"suspicious_cost", "zero_usage"} & set(exchange.flags):
             self._bound.learn(request, exchange.usage)
         self._settled.set()
-        return self._cap is None or cost <= reserved
+        return Hold(held if held != cost else None, self._cap is not None and cost > reserved)
 
     def learn(self, usage: Usage, sent_at: int, usd: Decimal) -> None:
         """Take a cost that the provider reported: it tells how far its prices are from those that we know."""
@@ -144,7 +165,8 @@ class Budget:
                 return None
             prompt = max(prompt, self._pricing.limits.context_tokens)
         most = price.most_usd(prompt, request.most_completion_tokens or self._pricing.limits.completion_tokens)
-        return to_pico(most * self.factor) if most is not None else None
+        pico = to_pico(most * self.factor) if most is not None else None
+        return pico if pico is None or pico <= _MOST_PICO else None
 
     @property
     def factor(self) -> Decimal:
@@ -187,7 +209,7 @@ class PromptBound:
             shared = _shared(body, self._body)
             shared += _shared(body[shared:][::-1], self._body[shared:][::-1])
             size = min(size, self._tokens + len(body) - shared)
-        return size + _TOKENS_PER_MESSAGE * request.messages + _TOKENS_PER_REQUEST
+        return size + _TOKENS_PER_MESSAGE * request.messages + _TOKENS_PER_MEDIUM * request.media + _TOKENS_PER_REQUEST
 
 
 def _shared(first: bytes, second: bytes) -> int:

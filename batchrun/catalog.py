@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 
@@ -38,8 +38,17 @@ def model_advice(endpoint: Endpoint, model: str) -> str | None:
     return f"the provider has no model {model!r}{nearest}"
 
 
-def price_list(endpoint: Endpoint, etag: str | None) -> tuple[bytes, str | None] | None:
-    """The provider's list of models with their prices, and its ETag; None if it cannot be had, or has not changed.
+class PriceList(NamedTuple):
+    """What asking for a list has brought."""
+
+    is_unchanged: bool
+    """It is the one whose ETag was sent."""
+    body: bytes = b""
+    etag: str | None = None
+
+
+def price_list(endpoint: Endpoint, etag: str | None) -> PriceList | None:
+    """The provider's list of models with their prices; None if it cannot be had.
 
     It is public, and asked for without the key.
     """
@@ -49,9 +58,11 @@ def price_list(endpoint: Endpoint, etag: str | None) -> tuple[bytes, str | None]
         url = httpx.URL(endpoint.url("models")).copy_merge_params(dict(endpoint.price_query))
     except httpx.InvalidURL:  # a variable that is not set here
         return None
-    with _client(endpoint, {"If-None-Match": etag} if etag else {}) as client:
-        found = _read(client, str(url))
-    return None if found is None or _parsed(found[0]) is None else found
+    with _client(endpoint, {"If-None-Match": etag} if etag and etag.isascii() and etag.isprintable() else {}) as client:
+        status, body, new_etag = _read(client, str(url))
+    if status == httpx.codes.NOT_MODIFIED and etag is not None:
+        return PriceList(True)
+    return PriceList(False, body, new_etag) if status == httpx.codes.OK and _parsed(body) is not None else None
 
 
 def model_entry(document: bytes, model: str) -> Mapping[str, Any] | None:
@@ -67,8 +78,8 @@ def _client(endpoint: Endpoint, headers: Mapping[str, str] | None = None) -> htt
 
 
 def _fetch(client: httpx.Client, url: str) -> Any:
-    found = _read(client, url)
-    return _parsed(found[0]) if found is not None else None
+    status, body, _ = _read(client, url)
+    return _parsed(body) if status == httpx.codes.OK else None
 
 
 def _parsed(body: bytes) -> Any:
@@ -78,21 +89,19 @@ def _parsed(body: bytes) -> Any:
         return None
 
 
-def _read(client: httpx.Client, url: str) -> tuple[bytes, str | None] | None:
-    """The body and the ETag of a 200; None for anything else."""
+def _read(client: httpx.Client, url: str) -> tuple[int, bytes, str | None]:
+    """Status, body and ETag; status 0 if no whole answer came."""
     end = time.monotonic() + _SECONDS
     body = bytearray()
     try:
         with client.stream("GET", url) as response:
-            if response.status_code != 200:
-                return None
             for piece in response.iter_bytes():
                 body += piece
                 if len(body) > _MOST_BYTES or time.monotonic() > end:
-                    return None
-            return bytes(body), response.headers.get("etag")
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError):
-        return None  # advice is worth no error of its own, and a price has other sources
+                    return 0, b"", None
+            return response.status_code, bytes(body), response.headers.get("etag")
+    except (httpx.HTTPError, httpx.InvalidURL):
+        return 0, b"", None  # advice is worth no error of its own, and a price has other sources
 
 
 def _entries(document: Any) -> Iterator[Mapping[str, Any]]:

@@ -211,7 +211,7 @@ class ChatSender:
     @staticmethod
     def _flags(answer: Answer, estimate: Decimal | None) -> tuple[str, ...]:
         """The answer's own, and whether its reported cost is far from what its tokens should cost."""
-        if estimate and answer.usd and not is_plausible(estimate, answer.usd):
+        if estimate and answer.usd is not None and not is_plausible(estimate, answer.usd):
             return (*answer.flags, "suspicious_cost")
         return answer.flags
 

@@ -8,6 +8,7 @@ import signal
 import sys
 from contextlib import suppress
 from io import TextIOWrapper
+from math import isfinite
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -142,7 +143,10 @@ def export(job: Path, reprice: bool, offline: bool, as_json: bool, quiet: bool, 
     with held(loaded.ledger_path):
         from batchrun.offline import export
 
-        summary, repriced = export(loaded, os.environ, adopt=adopt_ledger, reprices=reprice, is_offline=offline)
+        summary, repriced = export(
+            loaded, os.environ, adopt=adopt_ledger, reprices=reprice, is_offline=offline,
+            say=_silent if quiet else _say,
+        )  # fmt: skip
     if repriced is not None and not quiet:
         _say(repriced.line())
     _show(summary, as_json, quiet)
@@ -164,6 +168,8 @@ def reconcile(job: Path, settle_after: float, as_json: bool) -> None:
     from batchrun.job import load_job
     from batchrun.lock import held
 
+    if not isfinite(settle_after):
+        raise click.BadParameter(f"{settle_after} is no number of minutes", param_hint="--settle-after")
     loaded = load_job(job)
     with held(loaded.ledger_path):
         from batchrun.offline import refresh

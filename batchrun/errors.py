@@ -5,6 +5,7 @@
     │   ├── InputError      2   the input cannot be read as it stands
     │   └── MissingHereError 2  the job is right, and this machine lacks its key or its model
     ├── ProviderError       4   the provider refuses the account or cannot be reached
+    ├── LimitError          3   a limit of the job keeps anything from being sent
     ├── LedgerHeldError     5   another process holds this job's ledger
     ├── StorageError        6   the ledger or the output cannot be read or written
     └── BrokenPromiseError 70   one of our own promises was broken: a bug
@@ -56,6 +57,12 @@ class ProviderError(BatchrunError):
     """The provider refuses the account or cannot be reached; what was done is kept."""
 
     exit_code = ExitCode.PROVIDER
+
+
+class LimitError(BatchrunError):
+    """A limit of the job keeps anything from being sent."""
+
+    exit_code = ExitCode.LIMIT
 
 
 class LedgerHeldError(BatchrunError):

@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from decimal import Decimal
 from typing import Any
 
 from batchrun.accounts import Measured
 from batchrun.money import usd_text
 from batchrun.prices import Pricing
-from batchrun.projection import Interval, project
+from batchrun.projection import Interval, dollars, project, rounded
 from batchrun.records import Request
-from batchrun.usage import Usage
 
 _ENOUGH = 5
 """Answers from which on they say more than a rule of thumb."""
@@ -37,12 +35,12 @@ class Estimate:
     price_source: str | None
 
     def document(self) -> dict[str, Any]:
-        """As plain values, dollars rounded to a hundredth of a cent."""
+        """As plain values, dollars rounded."""
         return {
             "measured_answers": self.measured,
-            "prompt_tokens": _rounded(self.prompt_tokens),
-            "completion_tokens": self.completion_tokens and _rounded(self.completion_tokens),
-            "usd": self.usd and {name: Decimal(f"{getattr(self.usd, name):.4f}") for name in _ENDS},
+            "prompt_tokens": rounded(self.prompt_tokens),
+            "completion_tokens": self.completion_tokens and rounded(self.completion_tokens),
+            "usd": self.usd and dollars(self.usd),
             "price_source": self.price_source,
         }
 
@@ -59,17 +57,14 @@ class Estimate:
         else:
             tokens += "; nothing bounds the answers: set parameters: {max_tokens: …}"
         if self.usd is not None:
-            ends = (usd_text(Decimal(f"{getattr(self.usd, name):.4f}")) for name in _ENDS)
+            ends = map(usd_text, dollars(self.usd).values())
             label = "estimated from library prices" if self.price_source == "library" else f"{self.price_source} price"
-            dollars = "dollars: low ${}, likely ${}, high ${}".format(*ends) + f" ({label})"
+            cost = "dollars: low ${}, likely ${}, high ${}".format(*ends) + f" ({label})"
         elif self.price_source is None:
-            dollars = "dollars: no price is known: set prices: {input_mtok: …, output_mtok: …}"
+            cost = "dollars: no price is known: set prices: {input_mtok: …, output_mtok: …}"
         else:
-            dollars = "dollars: not known, as the answers are not"
-        return [f"estimate for all rows, {basis}", f"{tokens} (low, likely, high)", dollars]
-
-
-_ENDS = ("low", "likely", "high")
+            cost = "dollars: not known, as the answers are not"
+        return [f"estimate for all rows, {basis}", f"{tokens} (low, likely, high)", cost]
 
 
 @dataclass
@@ -130,13 +125,12 @@ class Estimator:
         price = self.pricing.price_at(now)
         if price is None or completion is None or not self.requests:
             return Interval(0.0, 0.0, 0.0) if price is not None and not self.requests else None
-        ends = []
-        for name in _ENDS:
-            each = Usage(
-                round(getattr(prompt, name) / self.requests) or 1, round(getattr(completion, name) / self.requests) or 1
+        return Interval(
+            *(
+                price.likely_usd(getattr(prompt, name), getattr(completion, name), self.requests)
+                for name in Interval.__slots__
             )
-            ends.append(float(price.usd(each) or 0) * self.requests)
-        return Interval(*ends)
+        )
 
 
 def _texts(value: Any) -> list[str]:
@@ -150,9 +144,5 @@ def _texts(value: Any) -> list[str]:
     return []
 
 
-def _rounded(interval: Interval) -> dict[str, int]:
-    return {name: round(getattr(interval, name)) for name in _ENDS}
-
-
 def _range(interval: Interval) -> str:
-    return " / ".join(str(round(getattr(interval, name))) for name in _ENDS)
+    return " / ".join(map(str, rounded(interval).values()))

@@ -49,6 +49,8 @@ class _Ended:
 
     stop: Stop | None = None
     sent: int = 0
+    refused_pico: int | None = None
+    """What the row could cost that did not fit into the budget."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def run(job: Job, options: Options, environ: Mapping[str, str], *, say: Say, str
         context = _Context(plan, ledger, current, options, say, stream)
         with _end_recorded(ledger, current):
             rows = place(plan, ledger, current)
-            settled = _announce(ledger, current, rows, say)
+            settled = _announce(context, rows)
             ended = _ask(context, rows, settled)
             if ended.stop is not None and ended.stop is not NO_ROOM:
                 say(ended.stop.message)
@@ -126,12 +128,13 @@ def _choose_run(ledger: Ledger, options: Options) -> Run:
     return ledger.current_run()
 
 
-def _announce(ledger: Ledger, current: Run, rows: int, say: Say) -> int:
+def _announce(context: _Context, rows: int) -> int:
     """Say what goes on, or what will be paid for again; return how many rows are settled already."""
+    ledger, current, say = context.ledger, context.run, context.say
     ok, failed = ledger.counts(current)
     if not current.is_new:
         say(f"going on with run {current.run_id}: {ok} of {rows} rows are answered, {failed} failed")
-    elif (earlier := ledger.earlier_answers(current)) is not None:
+    elif context.options.sample is None and (earlier := ledger.earlier_answers(current)) is not None:
         cost = f"about ${usd_text(round(earlier.usd, 6))}" if earlier.usd is not None else "at a cost not known"
         say(
             f"{earlier.slots} rows that run {earlier.run_id} answered will be asked and paid for again, "
@@ -150,10 +153,8 @@ def _ask(context: _Context, rows: int, settled: int) -> _Ended:
     first = next(pending, None)
     if first is None:
         return _Ended()
-    pricing = pricing_of(plan, ledger)
-    budget, refusal = open_budget(plan, ledger, current, pricing)
-    if refusal is not None:
-        return _Ended(refusal)
+    pricing = pricing_of(plan.job, plan.endpoint, plan.job.model, ledger, say=context.say)
+    budget = open_budget(plan, ledger, current, pricing)
     server = None
     if plan.weights is not None:
         server, address = local.start(plan.weights, plan.job.concurrency)
@@ -220,7 +221,7 @@ async def _drive(
             finally:
                 if ticking is not None:
                     ticking.cancel()
-    return _Ended(stop, runner.sent)
+    return _Ended(stop, runner.sent, budget.refused_pico)
 
 
 @contextmanager
@@ -283,15 +284,15 @@ def _finish(context: _Context, rows: int, ended: _Ended) -> Summary:
         reason=reason,
         projection=_projected(summary, ledger, plan.job.concurrency) if is_sample else None,
     )
-    if stop is NO_ROOM:
-        say(cap_reached(plan, ledger, current))
-    if stop is not None and stop.reason == "budget" and summary.pending:
-        say(rows_left(summary))
+    if stop is NO_ROOM and plan.job.budget is not None:
+        say(cap_reached(plan, ledger, current, ended.refused_pico))
+        say(rows_left(summary, plan.job.budget.per))
     is_whole = summary.pending == 0
     is_wanted = (is_whole or plan.job.output.partial) and not (stop is not None and stop.is_immediate)
     if is_wanted and is_readable and not is_broken:
         output = plan.output_path(current)
         write_output(plan, ledger, current, output, summary)
+        ledger.note_output(current)
         summary = replace(summary, output=str(output))
     ledger.end_invocation(current, exit_code=exit_code, reason=reason, is_finished=is_whole and stop is None)
     return summary
@@ -340,6 +341,8 @@ def _end_recorded(ledger: Ledger, current: Run) -> Iterator[None]:
         elif isinstance(exc, SystemExit):
             exit_code = ExitCode.TERMINATED
         with suppress(StorageError):
+            # A run that has sent nothing must not stand before the last that has.
+            ledger.forget_input(current)
             ledger.end_invocation(current, exit_code=exit_code, reason=type(exc).__name__, is_finished=False)
         raise
 

@@ -171,10 +171,10 @@ class RetrySetting(_Setting):
 class PricesSetting(_Setting):
     """Dollars per million tokens, for a provider that reports no cost."""
 
-    input_mtok: Annotated[Decimal, Field(ge=0, allow_inf_nan=False)]
-    output_mtok: Annotated[Decimal, Field(ge=0, allow_inf_nan=False)]
-    cache_read_mtok: Annotated[Decimal, Field(ge=0, allow_inf_nan=False)] | None = None
-    cache_write_mtok: Annotated[Decimal, Field(ge=0, allow_inf_nan=False)] | None = None
+    input_mtok: Annotated[Decimal, Field(ge=0, le=1_000_000, allow_inf_nan=False)]
+    output_mtok: Annotated[Decimal, Field(ge=0, le=1_000_000, allow_inf_nan=False)]
+    cache_read_mtok: Annotated[Decimal, Field(ge=0, le=1_000_000, allow_inf_nan=False)] | None = None
+    cache_write_mtok: Annotated[Decimal, Field(ge=0, le=1_000_000, allow_inf_nan=False)] | None = None
 
 
 class BudgetSetting(_Setting):

@@ -104,6 +104,11 @@ class Ledger(LedgerView):
             return ledger
 
     @property
+    def newest_attempt(self) -> int:
+        """The id of the newest attempt that there is; 0 before the first."""
+        return self._next_attempt - 1
+
+    @property
     def invocation(self) -> int:
         """This process's; 0 before it began."""
         return self._invocation
@@ -126,6 +131,7 @@ class Ledger(LedgerView):
                 "INSERT INTO run (run_id, started_at, state) VALUES (?, ?, 'open')", (run_id, started)
             )
             assert cursor.lastrowid is not None
+            self._db.execute("UPDATE owner SET runs = runs + 1")
             return Run(cursor.lastrowid, run_id, started, "open", is_new=True)
 
     def reopen(self, run: Run) -> None:
@@ -138,11 +144,13 @@ class Ledger(LedgerView):
     def begin_invocation(self, run: Run, *, job: dict[str, Any], endpoint: str) -> None:
         """Record that a process works on a run."""
         with self._transaction():
+            text = _json(job)
             cursor = self._db.execute(
-                "INSERT INTO invocation (run, started_at, version, pid, host, job, endpoint) "
-                "VALUES (?, ?, ?, ?, ?, ?, ?)",
-                (run.run, now_us(), __version__, os.getpid(), socket.gethostname(), _json(job), endpoint),
-            )
+                "INSERT INTO invocation (run, started_at, version, pid, host, job, endpoint, seal) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                (run.run, now_us(), __version__, os.getpid(), socket.gethostname(), text, endpoint,
+                 seal((run.run, text, endpoint))),
+            )  # fmt: skip
             assert cursor.lastrowid is not None
             self._invocation = cursor.lastrowid
 
@@ -150,6 +158,20 @@ class Ledger(LedgerView):
         """Record the prices that this invocation reckons with."""
         with self._transaction():
             self._db.execute("UPDATE invocation SET prices = ? WHERE invocation = ?", (_json(prices), self._invocation))
+
+    def forget_input(self, run: Run) -> None:
+        """Take back that a run has got as far as its input, if it has sent nothing."""
+        with self._transaction():
+            self._db.execute(
+                "UPDATE run SET input = NULL WHERE run = ? AND attempts = 0 "
+                "AND NOT EXISTS (SELECT 1 FROM attempt WHERE attempt.run = run.run)",
+                (run.run,),
+            )
+
+    def note_output(self, run: Run) -> None:
+        """Note that the output says what the ledger does."""
+        with self._transaction():
+            self._db.execute("UPDATE run SET is_written = 1 WHERE run = ?", (run.run,))
 
     def end_invocation(self, run: Run, *, exit_code: int, reason: str | None, is_finished: bool) -> None:
         """Record how the invocation ended, and the run with it if every slot is ok or failed."""
@@ -205,7 +227,8 @@ class Ledger(LedgerView):
             if needs_keys:
                 for statement in _PLACE.format(run=run.run).split(";"):
                     self._db.execute(statement)
-            self._db.execute("UPDATE run SET input = ? WHERE run = ?", (_json({**found(), "rows": rows}), run.run))
+            text = _json({**found(), "rows": rows})
+            self._db.execute("UPDATE run SET input = ?, is_written = 0 WHERE run = ?", (text, run.run))
             self._keep_input(run)
         return rows
 
@@ -258,22 +281,45 @@ class Ledger(LedgerView):
 
     # --- what is learnt later -------------------------------------------------------------------------------
 
-    def correct(self, origin: str, found: Iterable[tuple[int, Decimal, str]]) -> None:
-        """Record what attempts cost, as it was learnt after they were settled; all of it or nothing.
+    def correct(
+        self, origin: str, found: Iterable[tuple[int, Decimal, str]], prices: dict[str, Any] | None = None
+    ) -> int:
+        """Record what attempts cost, as it was learnt after they were settled; all of it or nothing. Their number.
 
         Args:
-            origin: `reconcile` (the provider's word) or `reprice` (ours, which never replaces the provider's).
-            found: attempt id, dollars, cost source.
+            origin: `reconcile` (the provider's word) or `reprice` (ours).
+            found: attempt id, dollars, cost source; it may read the ledger, but not what is corrected here.
+            prices: those used, by model.
         """
         with self._transaction():
-            now = now_us()
+            number = seals = 0
+            cursor = self._db.execute(
+                "INSERT INTO amendment (origin, amended_at, after_attempt, prices, corrections, seals) "
+                "VALUES (?, ?, ?, ?, 0, 0)",
+                (origin, now_us(), self.newest_attempt, _json(prices) if prices else None),
+            )
+            amendment = cursor.lastrowid
             for attempt_id, usd, cost_source in found:
+                values = (attempt_id, amendment, to_pico(usd), cost_source)
+                self._db.execute("INSERT INTO correction VALUES (?, ?, ?, ?)", values)
+                number, seals = number + 1, (seals + seal(values)) & SEAL_MASK
+            if number:
                 self._db.execute(
-                    "INSERT INTO correction VALUES (?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET "
-                    "usd_pico = excluded.usd_pico, cost_source = excluded.cost_source, origin = excluded.origin, "
-                    "corrected_at = excluded.corrected_at WHERE origin = 'reprice' OR excluded.origin = 'reconcile'",
-                    (attempt_id, to_pico(usd), cost_source, origin, now),
+                    "UPDATE amendment SET corrections = ?, seals = ? WHERE amendment = ?", (number, seals, amendment)
                 )
+                self._db.execute("UPDATE owner SET amendments = amendments + 1")
+                self._db.execute("UPDATE run SET is_written = 0")
+            else:
+                self._db.execute("DELETE FROM amendment WHERE amendment = ?", (amendment,))
+        return number
+
+    def keep_price_list(self, url: str, etag: str | None, body: bytes) -> None:
+        """Keep a provider's list for the next invocation."""
+        with self._transaction():
+            self._db.execute(
+                "INSERT OR REPLACE INTO price_list VALUES (?, ?, ?, ?)",
+                (url, etag, now_us(), self._compressor.compress(body)),
+            )
 
     def take_billed(self, lines: Iterable[tuple[int, str, str, Decimal]]) -> int:
         """Hold lines of the provider's log in memory that spills to disk, for `accounts.compared`; their number.
@@ -294,14 +340,6 @@ class Ledger(LedgerView):
                 )
         return int(self._value("SELECT count(*) FROM temp.billed"))
 
-    def keep_price_list(self, url: str, etag: str | None, body: bytes) -> None:
-        """Keep a provider's list for the next invocation."""
-        with self._transaction():
-            self._db.execute(
-                "INSERT OR REPLACE INTO price_list VALUES (?, ?, ?, ?)",
-                (url, etag, now_us(), self._compressor.compress(body)),
-            )
-
     # --- inside ---------------------------------------------------------------------------------------------
 
     def _intended(self, run: Run, intent: Intent) -> tuple[Any, ...]:
@@ -312,14 +350,21 @@ class Ledger(LedgerView):
         )  # fmt: skip
 
     def _sealed(self, run: Run, settlement: Settlement) -> tuple[Any, ...]:
-        values = _outcome(settlement.exchange, settlement.settled_at, is_final=settlement.is_final)
+        values = _outcome(
+            settlement.exchange,
+            settlement.settled_at,
+            is_final=settlement.is_final,
+            held_pico=settlement.held_pico,
+            settled_after=settlement.settled_after,
+        )
         sealed = seal((*self._intended(run, settlement.intent), *values, digest(settlement.exchange.body)))
         return (*values, sealed, settlement.intent.attempt_id)
 
     def _count(self, run: Run, intents: int, seals: Sequence[int]) -> None:
         """Keep the run's own count of its attempts, by which `verify` tells a missing one."""
         self._db.execute(
-            "UPDATE run SET attempts = attempts + ?, settled = settled + ?, seals = (seals + ?) & ? WHERE run = ?",
+            "UPDATE run SET attempts = attempts + ?, settled = settled + ?, seals = (seals + ?) & ?, is_written = 0 "
+            "WHERE run = ?",
             (intents, len(seals), sum(seals) & SEAL_MASK, SEAL_MASK, run.run),
         )
 
@@ -338,7 +383,7 @@ class Ledger(LedgerView):
         with self._transaction():
             owner = self._db.execute("SELECT job_name, job_path FROM owner").fetchone()
             if owner is None:
-                self._db.execute("INSERT INTO owner VALUES (?, ?)", (job_name, relative))
+                self._db.execute("INSERT INTO owner (job_name, job_path) VALUES (?, ?)", (job_name, relative))
             elif owner != (job_name, relative):
                 if not adopt:
                     raise JobError(
@@ -349,11 +394,13 @@ class Ledger(LedgerView):
 
     def _settle_orphans(self) -> None:
         """What a dead process left in flight has an unknown outcome: nobody else can be sending, under the lock."""
-        never_came = Exchange("unknown", failure=Failure("interrupted", Action.RETRY, _ORPHANED), latency_seconds=0.0)
+        never_came = Exchange("unknown", failure=Failure("interrupted", Action.RETRY, _ORPHANED))
         with self._transaction():
             orphans = self._db.execute(f"SELECT {', '.join(INTENT_COLUMNS)} FROM attempt WHERE outcome IS NULL")
             for intended in orphans.fetchall():
-                values = _outcome(never_came, now_us(), is_final=False)
+                values = _outcome(
+                    never_came, now_us(), is_final=False, held_pico=None, settled_after=self.newest_attempt
+                )
                 sealed = seal((*intended, *values, digest(b"")))
                 self._db.execute(_SETTLE, (*values, sealed, intended[0]))
                 self._count(Run(intended[1], "", 0, "", is_new=False), 0, [sealed])
@@ -423,7 +470,9 @@ _PLACE = """
 """
 
 
-def _outcome(exchange: Exchange, settled_at: int, *, is_final: bool) -> tuple[Any, ...]:
+def _outcome(
+    exchange: Exchange, settled_at: int, *, is_final: bool, held_pico: int | None, settled_after: int | None
+) -> tuple[Any, ...]:
     """The values of SETTLEMENT_COLUMNS."""
     usage, failure, usd = exchange.usage, exchange.failure, exchange.cost.usd
     return (
@@ -432,8 +481,8 @@ def _outcome(exchange: Exchange, settled_at: int, *, is_final: bool) -> tuple[An
         usage.prompt_tokens, usage.completion_tokens, usage.total_tokens, usage.cached_tokens,
         usage.cache_write_tokens, usage.reasoning_tokens,
         to_pico(usd) if usd is not None else None, exchange.cost.source, exchange.request_id,
-        _microseconds(exchange.latency_seconds), _microseconds(exchange.first_token_seconds),
-        int(exchange.streamed), ",".join(exchange.flags) or None,
+        _microseconds(exchange.latency_seconds or None), _microseconds(exchange.first_token_seconds),
+        int(exchange.streamed), ",".join(exchange.flags) or None, held_pico, settled_after,
     )  # fmt: skip
 
 

@@ -233,11 +233,11 @@ class LedgerView:
         faults = self._value("SELECT count(*) FROM row_fault WHERE run = ?", run.run)
         return ok, failed + faults
 
-    def price_list(self, url: str) -> tuple[str | None, bytes] | None:
-        """ETag and body of a provider's list as it came last; None if it never came."""
-        for etag, body in self.rows("SELECT etag, body FROM price_list WHERE url = ?", (url,)):
+    def price_list(self, url: str) -> tuple[str | None, int, bytes] | None:
+        """ETag, time and body of a provider's list as it came last; None if it never came."""
+        for etag, fetched_at, body in self.rows("SELECT etag, fetched_at, body FROM price_list WHERE url = ?", (url,)):
             with storage(self.path):
-                return etag, zstandard.ZstdDecompressor().decompress(body)
+                return etag, fetched_at, zstandard.ZstdDecompressor().decompress(body)
         return None
 
     # --- inside ---------------------------------------------------------------------------------------------
@@ -306,7 +306,7 @@ INTENT_COLUMNS = (
 SETTLEMENT_COLUMNS = (
     "settled_at", "outcome", "final", "status", "error_kind", "error", "prompt_tokens", "completion_tokens",
     "total_tokens", "cached_tokens", "cache_write_tokens", "reasoning_tokens", "usd_pico", "cost_source", "request_id",
-    "latency_us", "first_token_us", "streamed", "flags",
+    "latency_us", "first_token_us", "streamed", "flags", "held_pico", "settled_after",
 )  # fmt: skip
 SEAL_MASK = 2**62 - 1
 

@@ -88,33 +88,57 @@ _MIGRATIONS: tuple[str, ...] = (
     """
     ALTER TABLE attempt ADD COLUMN request_bytes INTEGER;
     ALTER TABLE attempt ADD COLUMN reserved_pico INTEGER;   -- the most it could cost when it was sent; null: unknown
+    ALTER TABLE attempt ADD COLUMN held_pico INTEGER;       -- what a cap counts it as, where that is not its cost
+    ALTER TABLE attempt ADD COLUMN settled_after INTEGER;   -- the newest attempt there was when it was settled
     ALTER TABLE attempt ADD COLUMN seal INTEGER;            -- a hash of the settled attempt, its answer included
     ALTER TABLE run ADD COLUMN attempts INTEGER NOT NULL DEFAULT 0;
     ALTER TABLE run ADD COLUMN settled INTEGER NOT NULL DEFAULT 0;
     ALTER TABLE run ADD COLUMN seals INTEGER NOT NULL DEFAULT 0;    -- sum of its attempts' seals, modulo 2^62
+    ALTER TABLE run ADD COLUMN is_written INTEGER NOT NULL DEFAULT 1;   -- 1: the output says what the ledger does
     UPDATE run SET attempts = (SELECT count(*) FROM attempt WHERE attempt.run = run.run),
         settled = (SELECT count(outcome) FROM attempt WHERE attempt.run = run.run);
+    ALTER TABLE owner ADD COLUMN runs INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE owner ADD COLUMN amendments INTEGER NOT NULL DEFAULT 0;
+    UPDATE owner SET runs = (SELECT count(*) FROM run);
+    ALTER TABLE invocation ADD COLUMN seal INTEGER;         -- a hash of its job and endpoint
+    CREATE TABLE amendment (                      -- one reading of the provider's log, or one repricing
+        amendment INTEGER PRIMARY KEY,
+        origin TEXT NOT NULL CHECK (origin IN ('reconcile', 'reprice')),
+        amended_at INTEGER NOT NULL,
+        after_attempt INTEGER NOT NULL,           -- the newest attempt there was
+        prices TEXT,                              -- the prices used, by model, as JSON
+        corrections INTEGER NOT NULL,
+        seals INTEGER NOT NULL                    -- sum of its corrections' seals, modulo 2^62
+    ) STRICT;
     CREATE TABLE correction (                     -- what was learnt of an attempt's cost after it was settled
-        attempt_id INTEGER PRIMARY KEY REFERENCES attempt,
+        attempt_id INTEGER NOT NULL REFERENCES attempt,
+        amendment INTEGER NOT NULL REFERENCES amendment,
         usd_pico INTEGER NOT NULL,
         cost_source TEXT NOT NULL,
-        origin TEXT NOT NULL CHECK (origin IN ('reconcile', 'reprice')),
-        corrected_at INTEGER NOT NULL
-    ) STRICT;
+        PRIMARY KEY (attempt_id, amendment)
+    ) STRICT, WITHOUT ROWID;
     CREATE TABLE price_list (                     -- the provider's published list, as it came last
         url TEXT PRIMARY KEY,
         etag TEXT,
         fetched_at INTEGER NOT NULL,
         body BLOB NOT NULL                        -- zstd
     ) STRICT;
-    CREATE VIEW charged AS
+    CREATE VIEW charged AS                        -- attempts with what is known of their cost now
         SELECT attempt.attempt_id, run, invocation, row_index, model, sample, key, number, client_request_id, sent_at,
             settled_at, outcome, final, status, error_kind, error, prompt_tokens, completion_tokens, total_tokens,
             cached_tokens, cache_write_tokens, reasoning_tokens, request_id, latency_us, first_token_us, streamed,
             flags, request_bytes, reserved_pico, origin,
             coalesce(correction.usd_pico, attempt.usd_pico) AS usd_pico,
-            coalesce(correction.cost_source, attempt.cost_source) AS cost_source
-        FROM attempt LEFT JOIN correction ON correction.attempt_id = attempt.attempt_id;
+            coalesce(correction.cost_source, attempt.cost_source) AS cost_source,
+            CASE origin
+                WHEN 'reconcile' THEN correction.usd_pico
+                WHEN 'reprice' THEN max(coalesce(held_pico, attempt.usd_pico, reserved_pico, 0), correction.usd_pico)
+                ELSE coalesce(held_pico, attempt.usd_pico, reserved_pico)
+            END AS held_pico
+        FROM attempt
+        LEFT JOIN correction ON correction.attempt_id = attempt.attempt_id AND correction.amendment =
+            (SELECT max(amendment) FROM correction AS newer WHERE newer.attempt_id = attempt.attempt_id)
+        LEFT JOIN amendment ON amendment.amendment = correction.amendment;
     """,
 )
 

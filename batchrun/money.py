@@ -12,7 +12,7 @@ CREDITS_PER_USD = 2_000_000
 _MOST_USD = Decimal(9_000_000)  # a 64-bit integer of pico-dollars ends at 9.2 million
 _MOST = Decimal(10**18)
 
-ESTIMATED = ("job", "provider_list", "library")
+DERIVED = ("job", "provider_list", "library")
 """Sources of an amount that we derive from tokens; the provider's own word beats it."""
 
 # From the best known to the least: a row's cost_source is its weakest.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from decimal import Decimal
@@ -18,6 +19,8 @@ from batchrun.ledger import Ledger
 from batchrun.ledger_view import LedgerView, Run, Snapshot
 from batchrun.money import usd_text
 from batchrun.plan import Plan, place
+from batchrun.prices import Pricing
+from batchrun.providers import resolve
 from batchrun.records import RowFault, now_us
 from batchrun.sink import manifest_of
 from batchrun.spending import pricing_of, refuse_boundless
@@ -25,6 +28,7 @@ from batchrun.summary import Summary, exact_json
 from batchrun.template import NotRenderedError
 
 _MOST_FAULTS = 5
+_Changes = Iterator[tuple[int, Decimal, str]]
 
 
 @dataclass(frozen=True)
@@ -89,8 +93,9 @@ def check(job: Job, environ: Mapping[str, str], *, samples: int = 3, is_offline:
         plan = Plan.to_read(job, "unchecked")
         warnings.append(f"a run would stop here: {exc}")
     with _history(job, warnings) as ledger:
-        pricing = pricing_of(plan, ledger, is_offline=is_offline)
-        measured = accounts.measured(ledger, plan.model) if ledger is not None else []
+        pricing = pricing_of(job, plan.endpoint, job.model, ledger, is_offline=is_offline, say=warnings.append)
+        parameters = json.dumps(job.snapshot()["parameters"])
+        measured = accounts.measured(ledger, plan.model, parameters) if ledger is not None else []
     estimator = Estimator(pricing, measured)
     rows = fault_count = 0
     faults: list[RowFault] = []
@@ -133,7 +138,13 @@ def _history(job: Job, warnings: list[str]) -> Iterator[LedgerView | None]:
 
 
 def export(
-    job: Job, environ: Mapping[str, str], *, adopt: bool = False, reprices: bool = False, is_offline: bool = False
+    job: Job,
+    environ: Mapping[str, str],
+    *,
+    adopt: bool = False,
+    reprices: bool = False,
+    is_offline: bool = False,
+    say: Callable[[str], None],
 ) -> tuple[Summary, Repriced | None]:
     """Write the output of the newest run again, from the ledger, for nothing. The caller holds the ledger's lock.
 
@@ -156,7 +167,8 @@ def export(
             raise JobError(
                 f"there is nothing to export: no run of this job has got as far as its input ({ledger.path})"
             )
-        repriced = _reprice(job, environ, ledger, run, is_offline) if reprices else None
+        shaped = job.with_shape_of(known.job)
+        repriced = _reprice(shaped, environ, ledger, run, is_offline, say) if reprices else None
         summary = rewrite(job, ledger, run, known)
     return replace(summary, seconds=time.monotonic() - began), repriced
 
@@ -168,20 +180,29 @@ def rewrite(job: Job, ledger: Ledger, run: Run, known: Snapshot) -> Summary:
     rows = place(plan, ledger, run)
     summary = replace(summarise(plan, ledger, run, rows), output=str(output), reason=known.reason)
     write_output(plan, ledger, run, output, summary)
+    ledger.note_output(run)
     return summary
 
 
-def refresh(job: Job, ledger: Ledger) -> str | None:
-    """Write the newest run's output again, if it stands where it should; its path."""
+def refresh(job: Job, ledger: Ledger) -> str:
+    """Write the newest run's output again, if it is there and its input is as it was; tell what became of it."""
     run = ledger.last_run()
     known = ledger.last_snapshot(run) if run is not None else None
-    if run is None or known is None:
-        return None
-    output = Plan.to_read(job.with_shape_of(known.job), known.endpoint).output_path(run)
-    manifest = manifest_of(output)
-    if manifest is None or manifest.get("run_id") != run.run_id:
-        return None
-    return rewrite(job, ledger, run, known).output
+    placed = ledger.placed_input(run) if run is not None else None
+    if run is None or known is None or placed is None:
+        return "no output was written"
+    try:
+        plan = Plan.to_read(job.with_shape_of(known.job), known.endpoint)
+        output = plan.output_path(run)
+        manifest = manifest_of(output)
+        if manifest is None or manifest.get("run_id") != run.run_id:
+            return f"{output} is not that of the newest run: `batchrun export` writes it"
+        if plan.source.fingerprint() != placed["files"]:
+            return f"{output} was left as it is, as the input has changed since: `batchrun export` writes it anew"
+        return f"output: {rewrite(job, ledger, run, known).output}"
+    except (JobError, StorageError) as exc:
+        # What was learnt is in the ledger.
+        return f"the output was left as it is: {exc}; `batchrun export` writes it once that is mended"
 
 
 @dataclass(frozen=True)
@@ -191,36 +212,50 @@ class Repriced:
     attempts: int
     before: Decimal
     after: Decimal
-    source: str
+    sources: tuple[str, ...]
 
     def line(self) -> str:
         """A short text."""
         return (
-            f"repriced {self.attempts} attempts ({self.source} prices): ${usd_text(self.before)} before, "
+            f"repriced {self.attempts} attempts ({', '.join(self.sources)} prices): ${usd_text(self.before)} before, "
             f"${usd_text(self.after)} now; reported amounts are as they were"
         )
 
 
-def _reprice(job: Job, environ: Mapping[str, str], ledger: Ledger, run: Run, is_offline: bool) -> Repriced:
+def _reprice(
+    job: Job, environ: Mapping[str, str], ledger: Ledger, run: Run, is_offline: bool, say: Callable[[str], None]
+) -> Repriced:
+    """Derive the amounts of a run anew, each at the price of its own model and date."""
     try:
-        plan = Plan.to_run(job, environ)
+        endpoint = resolve(**job.provider.model_dump(), environ=environ)
     except MissingHereError:
-        plan = Plan.to_read(job, "unchecked")
-    pricing = pricing_of(plan, ledger, is_offline=is_offline)
-    if pricing.source is None:
-        raise JobError(
-            f"no price is known for the model {job.model!r} at {plan.endpoint.name}: add prices: {{input_mtok: …, "
-            "output_mtok: …} (dollars per million tokens)"
-        )
-    changed = []
+        endpoint = resolve(**job.provider.model_dump(), environ=None)
+    attempts = 0
     before = after = Decimal(0)
-    for attempt in accounts.estimated(ledger, run):
-        usd = pricing.usd(attempt.usage, attempt.sent_at)
-        if usd is not None:
-            changed.append((attempt.attempt_id, usd, pricing.source))
-            before, after = before + (attempt.usd or 0), after + usd
-    ledger.correct("reprice", changed)
-    return Repriced(len(changed), before, after, pricing.source)
+    sources: dict[str, None] = {}
+    for model in accounts.models(ledger, run):
+        pricing = pricing_of(job, endpoint, model, ledger, is_offline=is_offline, say=say)
+        if pricing.source is None:
+            say(f"no price is known for the model {model!r} at {endpoint.name}: its amounts are as they were")
+            continue
+        source = pricing.source
+        sources[source] = None
+
+        def changed(pricing: Pricing = pricing, source: str = source, model: str = model) -> _Changes:
+            nonlocal before, after
+            for attempt in accounts.derived(ledger, run, model):
+                usd = pricing.usd(attempt.usage, attempt.sent_at)
+                if usd is not None and usd != attempt.usd:
+                    before, after = before + (attempt.usd or 0), after + usd
+                    yield attempt.attempt_id, usd, source
+
+        attempts += ledger.correct("reprice", changed(), {model: pricing.snapshot(now_us())})
+    if not sources:
+        raise JobError(
+            f"no price is known for what {endpoint.name} has answered: add prices: {{input_mtok: …, output_mtok: …}} "
+            "(dollars per million tokens)"
+        )
+    return Repriced(attempts, before, after, tuple(sources))
 
 
 def _shortened(text: str, most: int = 500) -> str:

@@ -72,7 +72,10 @@ def listed_pricing(entry: Mapping[str, Any], endpoint: Endpoint) -> Pricing:
         context_tokens=_whole(info.get("contextLength")) or _whole(entry.get("context_length")),
     )
     pricing = _mapping(entry.get("pricing"))
-    price = _from_units(pricing, endpoint) if "units" in pricing else _from_fields(pricing)
+    try:
+        price = _from_units(pricing, endpoint) if "units" in pricing else _from_fields(pricing)
+    except ArithmeticError:  # numbers that no price has
+        price = None
     return Pricing.fixed("provider_list", price, limits) if price is not None else Pricing(limits=limits)
 
 

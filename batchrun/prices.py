@@ -77,6 +77,13 @@ class Price:
             most = max(most, tokens / 1_000_000 + price.request_usd)
         return most + _ROUNDED_UP if most else most
 
+    def likely_usd(self, prompt_tokens: float, completion_tokens: float, requests: int) -> float:
+        """What so many alike requests cost that have these tokens in all, nothing of them cached."""
+        price = self._at(round(prompt_tokens / requests))
+        each = float(price.request_usd) + (1 / CREDITS_PER_USD if price.rounds_to_credits else 0.0)
+        tokens = prompt_tokens * float(price.input_mtok) + completion_tokens * float(price.output_mtok)
+        return tokens / 1e6 + each * requests
+
     def _input_rates(self) -> tuple[Decimal | None, ...]:
         return self.cache_read_mtok, self.cache_write_mtok, self.cache_write_1h_mtok
 

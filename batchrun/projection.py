@@ -81,20 +81,20 @@ class Projection:
     seconds: Interval | None
 
     def document(self) -> dict[str, Any]:
-        """As plain values, dollars rounded to a hundredth of a cent."""
-        usd = self.usd
+        """As plain values, dollars rounded."""
         return {
             "rows": self.rows,
-            "usd": usd and {name: Decimal(f"{getattr(usd, name):.4f}") for name in ("low", "likely", "high")},
-            "total_tokens": self.total_tokens and _rounded(self.total_tokens),
-            "seconds": self.seconds and _rounded(self.seconds),
+            "usd": self.usd and dollars(self.usd),
+            "total_tokens": self.total_tokens and rounded(self.total_tokens),
+            "seconds": self.seconds and rounded(self.seconds),
         }
 
     def lines(self) -> list[str]:
         """A short text."""
         parts = []
         if self.usd is not None:
-            parts.append(f"${_usd(self.usd.likely)} (${_usd(self.usd.low)} to ${_usd(self.usd.high)})")
+            low, likely, high = map(usd_text, dollars(self.usd).values())
+            parts.append(f"${likely} (${low} to ${high})")
         for interval, unit in ((self.total_tokens, "tokens"), (self.seconds, "s left")):
             if interval is not None:
                 parts.append(f"{interval.likely:.0f} {unit} ({interval.low:.0f} to {interval.high:.0f})")
@@ -103,9 +103,15 @@ class Projection:
         return [f"projection for the whole run, from {self.rows} rows, with 90 % intervals: {', '.join(parts)}"]
 
 
-def _rounded(interval: Interval) -> dict[str, int]:
-    return {name: round(getattr(interval, name)) for name in ("low", "likely", "high")}
+def rounded(interval: Interval) -> dict[str, int]:
+    """Whole tokens or seconds, by name."""
+    return {name: round(getattr(interval, name)) for name in Interval.__slots__}
 
 
-def _usd(value: float) -> str:
-    return usd_text(Decimal(f"{value:.4f}"))
+def dollars(interval: Interval) -> dict[str, Decimal]:
+    """Dollars by name: to a hundredth of a cent, or to two digits where they are fewer."""
+    return {name: _dollars(getattr(interval, name)) for name in Interval.__slots__}
+
+
+def _dollars(value: float) -> Decimal:
+    return Decimal(f"{value:.4f}" if value >= 0.01 or not value else f"{value:.2g}")

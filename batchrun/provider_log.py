@@ -1,7 +1,8 @@
 """The provider's own log of what it billed: `GET /v2/logs` of AI/ML API, read to its end or not at all.
 
 It cannot be asked for one request: it is paged, newest first, and matched on our side. Lines that arrive meanwhile
-shift the pages, so that a line may be seen twice; it is never missed. Lines appear some time after their answer.
+shift the pages, so that a line may be seen twice. Lines appear some time after their answer, so that none says nothing
+about a request that is young.
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ from tenacity import (
 from tenacity.stop import stop_base
 
 from batchrun.documents import parse_json, sound
-from batchrun.errors import JobError, ProviderError
+from batchrun.errors import ProviderError
 from batchrun.failures import parse_retry_after
-from batchrun.money import usd_from_wire
+from batchrun.money import usd_from_credits, usd_from_wire
 from batchrun.providers import Endpoint, proxy_for
+from batchrun.usage import count
 
 _PAGE = 100
 _TIMEOUT = httpx.Timeout(60.0, connect=10.0)
@@ -38,6 +40,8 @@ _ATTEMPTS = 5
 _PATIENCE = 600.0
 """Seconds that one page is tried for, if the provider asks for fewer calls: it allows 200 in 60 s."""
 _LONGEST_WAIT = 120.0
+_MOST_USD = 1_000_000
+"""Of one request; more is no cost that can be read."""
 _LONGEST_WINDOW = timedelta(days=92)
 _MOST_SKEW = timedelta(minutes=10)
 
@@ -49,13 +53,12 @@ class BilledLine:
     client_request_id: str
     identity: str
     """What tells it from another line of the same request."""
-    is_failed: bool
-    usd: Decimal
+    usd: Decimal | None
+    """None if the line has no cost that can be read."""
 
 
 class _TryAgainError(Exception):
-    def __init__(self, message: str) -> None:
-        super().__init__(message)
+    """Another call may bring the page."""
 
 
 class _TooManyError(_TryAgainError):
@@ -80,33 +83,37 @@ def read_log(
         on_page: called with the number of lines read so far.
 
     Raises:
-        JobError: the provider has no such log.
         ProviderError: a page could not be had, so that lines may be missing: nothing must be concluded.
     """
-    if not endpoint.has_logs:
-        raise JobError(f"the provider {endpoint.name!r} has no log that batchrun can read: only the AI/ML API has")
     url = httpx.URL(re.sub(r"/v1$", "", endpoint.base_url.rstrip("/")) + "/v2/logs")
     proxy = proxy_for(endpoint.base_url)
     with httpx.Client(timeout=_TIMEOUT, headers=dict(endpoint.headers), trust_env=False, proxy=proxy) as client:
         offset = 0
+        earlier: list[Any] = []
         while True:
             query: dict[str, str | int] = {"start": _iso(start), "end": _iso(end), "limit": _PAGE, "offset": offset}
-            document = _page(client, url.copy_merge_params(query))
+            document = _page(client, url.copy_merge_params(query), endpoint)
             lines, pagination = document.get("data"), document.get("pagination")
             if not isinstance(lines, list) or not isinstance(pagination, Mapping):
                 raise ProviderError(f"{url} answers in a form that is not known; nothing was changed")
+            if lines and lines == earlier:
+                raise ProviderError(f"{url} gives the same page again and again (line {offset}); nothing was changed")
+            earlier = lines
             for line in lines:
                 if isinstance(line, Mapping) and isinstance(line.get("client_request_id"), str):
                     yield _line(line)
             offset += len(lines)
             on_page(offset)
-            if not pagination.get("has_more", len(lines) == _PAGE):
+            total = count(pagination.get("total"))
+            is_full = len(lines) >= (count(pagination.get("limit")) or _PAGE)
+            has_more = pagination.get("has_more", is_full if total is None else False)
+            if not has_more and (total is None or offset >= total):
                 return
             if not lines:
                 raise ProviderError(f"{url} ends before its end (at line {offset}); nothing was changed")
 
 
-def _page(client: httpx.Client, url: httpx.URL) -> Mapping[str, Any]:
+def _page(client: httpx.Client, url: httpx.URL, endpoint: Endpoint) -> Mapping[str, Any]:
     policy = Retrying(
         retry=retry_if_exception_type(_TryAgainError),
         wait=_told_or_backoff,
@@ -114,7 +121,7 @@ def _page(client: httpx.Client, url: httpx.URL) -> Mapping[str, Any]:
         reraise=True,
     )
     try:
-        document: Mapping[str, Any] = policy(_get, client, url)
+        document: Mapping[str, Any] = policy(_get, client, url, endpoint)
     except _TryAgainError as exc:
         raise ProviderError(f"the provider's log cannot be read to its end: {exc}; nothing was changed") from exc
     return document
@@ -137,7 +144,7 @@ def _error_of(state: RetryCallState) -> BaseException | None:
     return state.outcome.exception() if state.outcome is not None else None
 
 
-def _get(client: httpx.Client, url: httpx.URL) -> Mapping[str, Any]:
+def _get(client: httpx.Client, url: httpx.URL, endpoint: Endpoint) -> Mapping[str, Any]:
     try:
         response = client.get(url)
     except httpx.HTTPError as exc:
@@ -147,7 +154,7 @@ def _get(client: httpx.Client, url: httpx.URL) -> Mapping[str, Any]:
     if response.status_code >= 500:
         raise _TryAgainError(f"it answers {response.status_code}")
     if response.status_code != 200:
-        said = sound(response.text[:200])
+        said = endpoint.scrubbed(sound(response.text[:1000]))[:200]
         raise ProviderError(f"the provider's log answers {response.status_code}: {said}; nothing was changed")
     _refuse_skew(response.headers.get("date"))
     try:
@@ -172,12 +179,16 @@ def _refuse_skew(date: str | None) -> None:
 
 def _line(line: Mapping[str, Any]) -> BilledLine:
     cost = line.get("cost")
-    usd = usd_from_wire(cost.get("usd")) if isinstance(cost, Mapping) else None
+    usd = None
+    if isinstance(cost, Mapping):
+        usd = usd_from_wire(cost.get("usd"))
+        usd = usd if usd is not None else usd_from_credits(cost.get("credits"))
+    if usd is not None and usd > _MOST_USD:
+        usd = None
     is_failed = line.get("status") == "failed"
-    if usd is None and not is_failed:
-        raise ProviderError(f"a line of the provider's log has no cost ({str(dict(line))[:200]}); nothing was changed")
     identity = [str(line.get(name)) for name in ("inference_id", "request_id", "created")]
-    return BilledLine(sound(line["client_request_id"]), "|".join(identity), is_failed, usd or Decimal(0))
+    free = Decimal(0) if is_failed else None
+    return BilledLine(sound(line["client_request_id"]), "|".join(identity), usd if usd is not None else free)
 
 
 def _iso(moment: datetime) -> str:

@@ -78,6 +78,12 @@ class Endpoint:
     secrets: tuple[str, ...] = field(repr=False, default=())
     """Values that must never be written anywhere."""
 
+    def scrubbed(self, text: str) -> str:
+        """Text of a server without the secrets that it may echo."""
+        for secret in self.secrets:
+            text = text.replace(secret, "[secret]")
+        return text
+
     def url(self, path: str) -> str:
         """An address below the base; a query of the base stays at its end."""
         parts = urlsplit(self.base_url)

@@ -89,6 +89,8 @@ class Request:
     """Attempts that the slot has had already."""
     messages: int = 1
     """Messages of the conversation."""
+    media: int = 0
+    """Images, files and sounds in them."""
     most_completion_tokens: int | None = None
     """The longest answer that the request allows; None if it sets no bound."""
     is_self_contained: bool = True
@@ -156,6 +158,10 @@ class Settlement:
     exchange: Exchange
     settled_at: int
     is_final: bool
+    held_pico: int | None = None
+    """What a cap counts the attempt as, where that is neither its cost nor its reservation."""
+    settled_after: int | None = None
+    """The newest attempt that there was then: what came first, this or another's intent."""
 
 
 @dataclass(frozen=True, slots=True)

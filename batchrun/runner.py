@@ -153,7 +153,7 @@ class Runner:
     @property
     def in_flight(self) -> int:
         """Requests under way."""
-        return self._pacing.in_flight
+        return self._budget.in_flight
 
     def interrupt(self, exit_code: ExitCode) -> None:
         """A signal: the first draws no more rows and awaits what is in flight, the second stops at once."""
@@ -224,7 +224,12 @@ class Runner:
         except BaseException as exc:
             why = _INTERRUPTED if isinstance(exc, asyncio.CancelledError) else f"{type(exc).__name__} while it was read"
             failure = Failure("interrupted", Action.RETRY, why)
-            self._journal.settle(Settlement(intent, Exchange("unknown", failure=failure), now_us(), is_final=False))
+            self._journal.settle(
+                Settlement(
+                    intent, Exchange("unknown", failure=failure), now_us(), is_final=False,
+                    settled_after=self._ledger.newest_attempt,
+                )
+            )  # fmt: skip
             raise
 
     def _settle(
@@ -238,11 +243,12 @@ class Runner:
             is_server_error=exchange.status is not None and exchange.status >= 500,
             retry_after=failure.retry_after if failure is not None else None,
         )
-        if not self._budget.settle(work.request, reservation, exchange):
+        hold = self._budget.settle(work.request, reservation, exchange)
+        if hold.is_over:
             self._halt(_overcharged(intent, exchange))
         is_final, stop = self._decide(work, exchange)
         self._undecided -= is_final
-        settlement = Settlement(intent, exchange, now_us(), is_final)
+        settlement = Settlement(intent, exchange, now_us(), is_final, hold.pico, self._ledger.newest_attempt)
         self._journal.settle(settlement)
         self._on_settled(settlement)
         if stop is not None:
@@ -344,7 +350,8 @@ def _overcharged(intent: Intent, exchange: Exchange) -> Stop:
         ExitCode.LIMIT,
         "budget",
         f"the provider charged ${usd_text(exchange.cost.usd)} for row {intent.request.slot.row_index + 1}, and at most "
-        f"${usd_text(from_pico(intent.reserved_pico))} was to be expected: no cap holds at such prices",
+        f"${usd_text(from_pico(intent.reserved_pico))} was to be expected: no cap holds at such prices; "
+        "set budget: {factor: …} or the right prices: to go on",
     )
 
 
@@ -391,7 +398,8 @@ class _Journal:
             if entry in self._intents:
                 self._intents.remove(entry)
             else:
-                self.settle(Settlement(intent, _NEVER_SENT, now_us(), is_final=False))
+                after = self._ledger.newest_attempt
+                self.settle(Settlement(intent, _NEVER_SENT, now_us(), is_final=False, settled_after=after))
             raise
 
     def flush(self) -> None:

@@ -2,58 +2,77 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
 
 from batchrun import accounts
 from batchrun.budget import Budget, Cap
 from batchrun.catalog import model_entry, price_list
-from batchrun.errors import ExitCode, JobError
+from batchrun.errors import JobError, LimitError
+from batchrun.job import Job
 from batchrun.ledger import Ledger
 from batchrun.ledger_view import LedgerView, Run
 from batchrun.money import from_pico, to_pico, usd_text
 from batchrun.plan import Plan
 from batchrun.price_sources import choose_pricing
 from batchrun.prices import Pricing
+from batchrun.providers import Endpoint
 from batchrun.records import now_us
-from batchrun.runner import Stop
 from batchrun.summary import Summary
 
 _PERIODS = {"run": "this run", "day": "today (UTC)", "month": "this month (UTC)"}
 
 
-def pricing_of(plan: Plan, ledger: LedgerView | None, *, is_offline: bool = False) -> Pricing:
-    """The price that a job's model has now. The provider's list is asked for again only if it has changed.
+def pricing_of(
+    job: Job,
+    endpoint: Endpoint,
+    model: str,
+    ledger: LedgerView | None,
+    *,
+    is_offline: bool = False,
+    say: Callable[[str], None],
+) -> Pricing:
+    """The price that a model has now. The provider's list is asked for again only if it has changed.
 
     Args:
         ledger: keeps the list; None if there is none yet. It is written to only if it is a `Ledger`.
         is_offline: take the list as it came last.
+        say: told if a list has to be taken that may have changed since.
     """
-    endpoint = plan.endpoint
+    url = endpoint.url("models")
 
-    def entry() -> Any:
-        kept = ledger.price_list(endpoint.url("models")) if ledger is not None else None
-        fetched = price_list(endpoint, kept[0] if kept is not None else None) if not is_offline else None
-        if fetched is not None and isinstance(ledger, Ledger):
-            ledger.keep_price_list(endpoint.url("models"), fetched[1], fetched[0])
-        body = fetched[0] if fetched is not None else kept[1] if kept is not None else None
-        return model_entry(body, plan.job.model) if body is not None else None
+    def entry() -> Mapping[str, Any] | None:
+        kept = ledger.price_list(url) if ledger is not None else None
+        etag, fetched_at, body = kept if kept is not None else (None, 0, None)
+        fetched = price_list(endpoint, etag) if not is_offline else None
+        if fetched is not None and not fetched.is_unchanged:
+            body = fetched.body
+            if isinstance(ledger, Ledger):
+                ledger.keep_price_list(url, fetched.etag, body)
+        elif fetched is None and body is not None:
+            day = datetime.fromtimestamp(fetched_at / 1e6, UTC).date()
+            say(f"the price list of {endpoint.name} {'was not asked for' if is_offline else 'cannot be had'}: "
+                f"prices are those of {day}")  # fmt: skip
+        return model_entry(body, model) if body is not None else None
 
-    return choose_pricing(plan.job.prices, endpoint, plan.job.model, entry)
+    return choose_pricing(job.prices, endpoint, model, entry)
 
 
-def open_budget(plan: Plan, ledger: Ledger, run: Run, pricing: Pricing) -> tuple[Budget, Stop | None]:
-    """The budget of an invocation, and why nothing may be sent, if so.
+def open_budget(plan: Plan, ledger: Ledger, run: Run, pricing: Pricing) -> Budget:
+    """The budget of an invocation.
 
     Raises:
         JobError: the job has a cap that cannot hold: no price, no bound on the answers, or costs of unknown size.
+        LimitError: an answer has cost more than was reserved, and neither factor nor prices were changed since.
     """
     setting = plan.job.budget
     now = now_us()
     if setting is None:
         budget = Budget(pricing)
         _keep_prices(ledger, pricing, budget, now)
-        return budget, None
+        return budget
     refuse_boundless(plan, pricing, now)
     cap = Cap(to_pico(setting.usd), setting.per)
     of_run, since = run if setting.per == "run" else None, cap.began(now)
@@ -61,23 +80,27 @@ def open_budget(plan: Plan, ledger: Ledger, run: Run, pricing: Pricing) -> tuple
     if taken.unbounded:
         raise JobError(
             f"budget: {taken.unbounded} earlier attempts of {_PERIODS[setting.per]} have an unknown cost and no "
-            f"reservation (no price was known then), so no cap can be kept: {_reconcile(plan)}without budget:, finish "
-            "the run; with another name:, begin anew"
+            f"reservation (no price was known then), so no cap can be kept: {_reconcile(plan)}"
+            f"`batchrun export {plan.job.path.name} --reprice` prices what was answered; else "
+            f"{'finish this run without budget:' if setting.per == 'run' else f'wait for the next {setting.per}'}, "
+            "or begin anew with another name:"
         )
     budget = Budget(pricing, cap=cap, factor=setting.factor, held=taken.pico)
-    for usage, sent_at, usd in accounts.reported(ledger, run):
+    for usage, sent_at, usd in accounts.reported(ledger, run, plan.model):
         budget.learn(usage, sent_at, usd)
     excess = accounts.overcharge(ledger, of_run, since)
     _keep_prices(ledger, pricing, budget, now)
-    if excess is not None and _is_as_then(excess[2], pricing, budget, now):
+    if excess is not None and _is_as_then(plan.job, excess[2]):
         usd, reserved, _ = excess
-        return budget, Stop(
-            ExitCode.LIMIT,
-            "budget",
+        mend = "set the right prices:"
+        if reserved:
+            needed = (usd / reserved * (setting.factor or 1)).quantize(Decimal("0.1")) + 1
+            mend = f"set budget: {{factor: {needed}}} or the right prices:"
+        raise LimitError(
             f"an answer cost ${usd_text(usd)} where at most ${usd_text(reserved)} was to be expected: no cap holds at "
-            f"such prices; set budget: {{factor: {_factor_for(usd, reserved, budget)}}} or the right prices: to go on",
+            f"such prices; {mend} to go on"
         )
-    return budget, None
+    return budget
 
 
 def _keep_prices(ledger: Ledger, pricing: Pricing, budget: Budget, now: int) -> None:
@@ -86,14 +109,11 @@ def _keep_prices(ledger: Ledger, pricing: Pricing, budget: Budget, now: int) -> 
         ledger.keep_prices(snapshot | {"factor": str(budget.factor)})
 
 
-def _is_as_then(then: dict[str, Any], pricing: Pricing, budget: Budget, now: int) -> bool:
-    """True if neither the factor was raised nor the prices were changed since an answer cost more than expected."""
-    prices = {name: value for name, value in then.items() if name != "factor"}
-    return prices == pricing.snapshot(now) and budget.factor <= Decimal(then.get("factor", 1))
-
-
-def _factor_for(usd: Decimal, reserved: Decimal, budget: Budget) -> Decimal:
-    return (usd / reserved * budget.factor).quantize(Decimal("0.1")) + 1 if reserved else Decimal(2)
+def _is_as_then(job: Job, then: Mapping[str, Any]) -> bool:
+    """True if neither the factor was raised nor the prices were set anew since an answer cost more than expected."""
+    now = job.snapshot()
+    factors = [Decimal(snapshot.get("budget", {}).get("factor") or 1) for snapshot in (then, now)]
+    return factors[1] <= factors[0] and then.get("prices") == now.get("prices")
 
 
 def refuse_boundless(plan: Plan, pricing: Pricing, now: int) -> None:
@@ -128,30 +148,34 @@ def _reconcile(plan: Plan) -> str:
     return f"`batchrun reconcile {plan.job.path.name}` asks the provider; " if plan.endpoint.has_logs else ""
 
 
-def cap_reached(plan: Plan, ledger: LedgerView, run: Run) -> str:
-    """What to say when the next row does not fit into the budget."""
+def cap_reached(plan: Plan, ledger: LedgerView, run: Run, next_pico: int | None) -> str:
+    """What to say when the next row does not fit into the budget. `next_pico`: the most that it can cost."""
     setting = plan.job.budget
     assert setting is not None
     taken = _taken(plan, ledger, run)
-    held = ""
+    needs = f"can cost up to ${usd_text(from_pico(next_pico))}" if next_pico is not None else "has no bound"
+    parts = [f"${usd_text(from_pico(taken.settled))} is spent"]
+    if taken.margin:
+        parts.append(f"what of it is derived counts for ${usd_text(from_pico(taken.margin))} more, to be safe")
     if taken.unknown_attempts:
-        held = (
-            f", and {taken.unknown_attempts} attempts of unknown cost hold up to ${usd_text(from_pico(taken.unknown))}"
+        settles = f" (`batchrun reconcile {plan.job.path.name}` settles them)" if plan.endpoint.has_logs else ""
+        parts.append(
+            f"{taken.unknown_attempts} attempts of unknown cost hold up to "
+            f"${usd_text(from_pico(taken.unknown))}{settles}"
         )
-        if plan.endpoint.has_logs:
-            held += f" (`batchrun reconcile {plan.job.path.name}` settles them)"
     return (
-        f"budget: the cap of ${usd_text(setting.usd)} for {_PERIODS[setting.per]} leaves no room for the next row: "
-        f"${usd_text(from_pico(taken.settled))} is spent{held}"
+        f"budget: the cap of ${usd_text(setting.usd)} for {_PERIODS[setting.per]} leaves no room for the next row, "
+        f"which {needs}: {', '.join(parts)}"
     )
 
 
-def rows_left(summary: Summary) -> str:
+def rows_left(summary: Summary, per: str) -> str:
     """What a budget has left undone, and what that would cost."""
     settled = summary.totals.ok + summary.totals.failed
     rate = summary.totals.usd / settled if settled else None
     cost = f"; at the rate so far they would cost ${usd_text(round(rate * summary.pending, 4))}" if rate else ""
-    return f"{summary.pending} rows are left{cost}; raise budget: {{usd: …}} and run again to go on"
+    later = f", or wait for the next {per}," if per != "run" else ""
+    return f"{summary.pending} rows are left{cost}; raise budget: {{usd: …}}{later} and run again to go on"
 
 
 def _taken(plan: Plan, ledger: LedgerView, run: Run) -> accounts.Held:

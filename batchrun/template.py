@@ -19,7 +19,7 @@ from batchrun.job import Job, PromptSetting
 from batchrun.jobfile import walk_text
 from batchrun.providers import Endpoint
 from batchrun.records import Request, Slot
-from batchrun.wire import is_self_contained, most_completion_tokens, request_body, stream_fields
+from batchrun.wire import inline_media, is_self_contained, most_completion_tokens, request_body, stream_fields
 
 _WHOLE = re.compile(r"\s*\{\{[-+]?((?:(?!\{\{|\}\}).)*?)[-+]?\}\}\s*", re.DOTALL)
 
@@ -124,6 +124,7 @@ class Template:
             messages=len(body["messages"]) + ("system" in body),
             most_completion_tokens=most_completion_tokens(body),
             is_self_contained=is_self_contained(body),
+            media=inline_media(body),
         )
 
     def messages(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:

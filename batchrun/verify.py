@@ -85,7 +85,8 @@ def verify(job: Job) -> Verdict:
             return verdict
         _check_references(ledger, verdict)
         _check_attempts(ledger, verdict)
-        _check_states(ledger, verdict)
+        _check_runs(ledger, verdict)
+        _check_amendments(ledger, verdict)
         _check_caps(ledger, verdict)
         try:
             _check_output(job, ledger, verdict)
@@ -148,7 +149,7 @@ def _check_unsealed(attempt: dict[str, Any], body: bytes, verdict: Verdict) -> N
     counts = ("prompt_tokens", "completion_tokens", "total_tokens", "cached_tokens")
     if not isinstance(answer, Answer) or any(getattr(answer.usage, name) != attempt[name] for name in counts):
         verdict.blame(f"{_named(attempt)} has other counts than its answer")
-    elif answer.usd is not None and to_pico(answer.usd) != attempt["usd_pico"]:
+    elif answer.usd_source == attempt["cost_source"] and to_pico(answer.usd or Decimal(0)) != attempt["usd_pico"]:
         verdict.blame(f"{_named(attempt)} has another cost than its answer")
 
 
@@ -166,23 +167,60 @@ def _named(attempt: dict[str, Any]) -> str:
     return f"attempt {attempt['attempt_id']} (row {attempt['row_index'] + 1})"
 
 
-def _check_states(ledger: LedgerView, verdict: Verdict) -> None:
-    """No answer was paid for twice within a run, and a finished run has nothing left."""
+def _check_runs(ledger: LedgerView, verdict: Verdict) -> None:
+    """No run is missing, no answer was paid for twice within one, and a finished run has nothing left."""
+    ((runs, amendments),) = ledger.rows("SELECT runs, amendments FROM owner")
+    ((found_runs, found_amendments),) = ledger.rows(
+        "SELECT (SELECT count(*) FROM run), (SELECT count(*) FROM amendment)"
+    )
+    if runs != found_runs:
+        verdict.blame(f"the ledger began {runs} runs and holds {found_runs}")
+    if amendments != found_amendments:
+        verdict.blame(f"costs were corrected {amendments} times, and {found_amendments} of them are here")
     for run_id, row_index, number in ledger.rows(
         "SELECT run_id, row_index, count(*) FROM attempt JOIN run USING (run) WHERE outcome = 'ok' "
         "GROUP BY run, row_index, model, sample, key HAVING count(*) > 1 LIMIT 100"
     ):
         verdict.blame(f"row {row_index + 1} of run {run_id} was answered {number} times (promise 2)")
-    for attempt_id in ledger.rows(
-        "SELECT attempt_id FROM correction JOIN attempt USING (attempt_id) "
-        "WHERE correction.usd_pico < 0 OR correction.cost_source NOT IN "
-        f"({', '.join(repr(source) for source in COST_SOURCES)}) OR outcome IS NULL"
+    for invocation, run, job, endpoint, sealed in ledger.rows(
+        "SELECT invocation, run, job, endpoint, seal FROM invocation WHERE seal IS NOT NULL"
     ):
-        verdict.blame(f"the correction of attempt {attempt_id[0]} makes no sense")
+        if sealed != seal((run, job, endpoint)):
+            verdict.blame(f"the job of invocation {invocation} was altered")
+    for number, run_id, started_at, state in ledger.rows("SELECT run, run_id, started_at, state FROM run"):
+        run = Run(number, run_id, started_at, state, is_new=False)
+        placed = ledger.placed_input(run)
+        if state == "finished" and placed is not None and (left := placed["rows"] - sum(ledger.counts(run))):
+            verdict.blame(
+                f"run {run_id} is finished, and {left} of its rows are neither answered nor failed (promise 1)"
+            )
+
+
+def _check_amendments(ledger: LedgerView, verdict: Verdict) -> None:
+    """What was learnt after the attempts were settled."""
+    sums: dict[int, list[int]] = {}
+    for attempt_id, amendment, pico, source, outcome in ledger.each(
+        "SELECT attempt_id, amendment, correction.usd_pico, correction.cost_source, outcome FROM correction "
+        "LEFT JOIN attempt USING (attempt_id)"
+    ):
+        found = sums.setdefault(amendment, [0, 0])
+        found[0] += 1
+        found[1] = (found[1] + seal((attempt_id, amendment, pico, source))) & SEAL_MASK
+        if pico < 0 or source not in COST_SOURCES or outcome is None:
+            verdict.blame(f"the correction of attempt {attempt_id} makes no sense")
+    for amendment, corrections, seals in ledger.rows("SELECT amendment, corrections, seals FROM amendment"):
+        if sums.pop(amendment, [0, 0]) != [corrections, seals]:
+            verdict.blame(f"the corrections of amendment {amendment} are not those that it made")
+    for amendment in sums:
+        verdict.blame(f"there are corrections of an amendment {amendment} that never was")
 
 
 def _check_caps(ledger: LedgerView, verdict: Verdict) -> None:
-    """Replay what was reserved, settled and corrected: at no request was more taken than its cap allowed."""
+    """Replay what was reserved, settled and corrected: at no request was more taken than its cap allowed.
+
+    The order is that of the attempts' numbers, which no clock can turn. An attempt that cost more than was reserved
+    is excused, and what came with it: the cap gives way by what it was too dear.
+    """
     caps = {
         invocation: Cap(to_pico(Decimal(str(budget["usd"]))), budget.get("per", "run"))
         for invocation, text in ledger.rows("SELECT invocation, job FROM invocation")
@@ -191,39 +229,46 @@ def _check_caps(ledger: LedgerView, verdict: Verdict) -> None:
     if not caps:
         return
     taken: dict[tuple[str, int], int] = {}
-    overcharged = dict.fromkeys(
-        run for (run,) in ledger.rows("SELECT DISTINCT run FROM charged WHERE usd_pico > reserved_pico")
-    )
-    for _, kind, run, invocation, sent_at, row_index, delta, _ in ledger.each(
+    excused: dict[tuple[str, int], int] = {}
+    for _, kind, attempt_id, run, invocation, sent_at, row_index, pico, excess in ledger.each(
         """
-        SELECT sent_at AS at, 2 AS kind, run, invocation, sent_at, row_index, coalesce(reserved_pico, 0) AS delta,
-            attempt_id
+        SELECT attempt_id AS at, 0 AS kind, attempt_id, run, invocation, sent_at, row_index,
+            coalesce(reserved_pico, 0) AS pico, 0 AS excess
         FROM attempt
-        UNION ALL SELECT settled_at, 0, run, invocation, sent_at, row_index, usd_pico - coalesce(reserved_pico, 0),
-            attempt_id
-        FROM attempt WHERE usd_pico IS NOT NULL
-        UNION ALL SELECT corrected_at, 1, run, invocation, sent_at, row_index,
-            correction.usd_pico - coalesce(attempt.usd_pico, reserved_pico, 0), attempt_id
-        FROM correction JOIN attempt USING (attempt_id)
+        UNION ALL SELECT coalesce(settled_after, attempt_id), 1, attempt_id, run, invocation, sent_at, row_index,
+            coalesce(held_pico, usd_pico, reserved_pico, 0) - coalesce(reserved_pico, 0),
+            max(0, coalesce(usd_pico, 0) - coalesce(reserved_pico, usd_pico, 0))
+        FROM attempt WHERE outcome IS NOT NULL
+        UNION ALL SELECT after_attempt, 1 + amendment, attempt_id, run, invocation, sent_at, row_index,
+            CASE origin WHEN 'reconcile' THEN correction.usd_pico ELSE max(correction.usd_pico, coalesce(
+                held_pico, attempt.usd_pico, reserved_pico, 0)) END - coalesce((
+                    SELECT CASE earlier_amendment.origin WHEN 'reconcile' THEN earlier.usd_pico ELSE max(
+                        earlier.usd_pico, coalesce(held_pico, attempt.usd_pico, reserved_pico, 0)) END
+                    FROM correction AS earlier
+                    JOIN amendment AS earlier_amendment ON earlier_amendment.amendment = earlier.amendment
+                    WHERE earlier.attempt_id = attempt.attempt_id AND earlier.amendment < correction.amendment
+                    ORDER BY earlier.amendment DESC LIMIT 1
+                ), held_pico, attempt.usd_pico, reserved_pico, 0),
+            max(0, correction.usd_pico - coalesce(reserved_pico, correction.usd_pico))
+        FROM correction JOIN attempt USING (attempt_id) JOIN amendment USING (amendment)
         ORDER BY at, kind, attempt_id
         """
     ):
         for per in ("run", "day", "month"):
             place = (per, run if per == "run" else Cap(0, per).began(sent_at))
-            taken[place] = taken.get(place, 0) + delta
+            taken[place] = taken.get(place, 0) + pico
+            excused[place] = excused.get(place, 0) + excess
         cap = caps.get(invocation)
-        if kind != 2 or cap is None or run in overcharged:
+        if kind or cap is None:
             continue
         place = (cap.per, run if cap.per == "run" else cap.began(sent_at))
-        if taken[place] > cap.pico:
+        if taken[place] > cap.pico + excused[place]:
             verdict.blame(
-                f"the cap of ${usd_text(from_pico(cap.pico))} was exceeded when row {row_index + 1} was sent: "
-                f"${usd_text(from_pico(taken[place]))} were taken (promise 4)"
+                f"the cap of ${usd_text(from_pico(cap.pico))} was exceeded when row {row_index + 1} was sent (attempt "
+                f"{attempt_id}): ${usd_text(from_pico(taken[place]))} were taken (promise 4)"
             )
-    if overcharged:
-        verdict.notes.append(
-            "the provider charged more than was to be expected: what that exceeded is no broken promise"
-        )
+    if any(excused.values()):
+        verdict.notes.append("the provider charged more than was to be expected: what that exceeded breaks no promise")
 
 
 # --- the output ---------------------------------------------------------------------------------------------
@@ -241,19 +286,25 @@ def _check_output(job: Job, ledger: LedgerView, verdict: Verdict) -> None:
         verdict.notes.append(f"the output was not compared: {exc}")
         return
     manifest = manifest_of(output)
-    (attempts,) = ledger.rows("SELECT count(outcome) FROM attempt WHERE run = ?", (run.run,))[0]
+    ((is_written,),) = ledger.rows("SELECT is_written FROM run WHERE run = ?", (run.run,))
     if manifest is None:
         if output.exists():
             verdict.blame(f"{output} is no output of batchrun, or its metadata is damaged")
         else:
             verdict.notes.append(f"there is no output {output}: `batchrun export` writes it")
         return
-    is_older = manifest.get("run_id") != run.run_id or manifest.get("attempts", 0) < attempts
-    if is_older and run.state == "open":
+    if not is_written:
         verdict.notes.append(f"{output} is older than the ledger: `batchrun export` writes it anew")
         return
     if manifest.get("run_id") != run.run_id:
         verdict.blame(f"{output} is of run {manifest.get('run_id')}, and the newest is {run.run_id}")
+        return
+    now = job.snapshot()
+    if changed := [name for name in ("input", "stream", "output") if now.get(name) != known.job.get(name)]:
+        verdict.notes.append(
+            f"the job file has changed since ({', '.join(changed)}): the output was not compared; `batchrun export` "
+            "writes it as the job says now"
+        )
         return
     placed = ledger.placed_input(run)
     if placed is None or plan.source.fingerprint() != placed["files"]:

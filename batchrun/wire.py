@@ -87,18 +87,33 @@ def is_self_contained(body: Mapping[str, Any]) -> bool:
     """False for a request that has the model read what its bytes do not hold: a page, a file, an image elsewhere."""
     if any(name in body for name in _FETCHING) or any(name.startswith("search_") for name in body):
         return False
-    contents = [message.get("content") for message in body["messages"]]
+    tools = body.get("tools")
+    if isinstance(tools, list) and any(isinstance(tool, Mapping) and _is_served(tool) for tool in tools):
+        return False
+    contents = [body.get("system"), *(message.get("content") for message in body["messages"])]
     return not any(_is_elsewhere(part) for content in contents if isinstance(content, list) for part in content)
+
+
+def _is_served(tool: Mapping[str, Any]) -> bool:
+    """True for a tool that the provider runs itself, such as a search: what it brings is read by the model."""
+    return "function" not in tool and tool.get("type", "custom") not in ("function", "custom")
+
+
+def inline_media(body: Mapping[str, Any]) -> int:
+    """Images, files and sounds that stand in the messages themselves."""
+    contents = [message.get("content") for message in body["messages"]]
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    return sum(isinstance(part, Mapping) and part.get("type", "text") != "text" for part in parts)
 
 
 def _is_elsewhere(part: Any) -> bool:
     if isinstance(part, Mapping):
-        if part.get("type") == "text" or "text" in part:
+        if part.get("type") == "text" or ("type" not in part and "text" in part):
             return False
         return "file_id" in part or any(_is_elsewhere(value) for value in part.values())
     if isinstance(part, list):
         return any(_is_elsewhere(item) for item in part)
-    return isinstance(part, str) and re.match(r"(?!data:)[a-z0-9+.-]+:", part) is not None
+    return isinstance(part, str) and re.match(r"\s*(?!data:)[a-z0-9+.-]+:", part, re.IGNORECASE) is not None
 
 
 # --- answers ------------------------------------------------------------------------------------------------

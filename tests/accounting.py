@@ -45,6 +45,6 @@ def assert_reconciled(work: Workspace, provider: FakeProvider) -> None:
 def taken(work: Workspace) -> Decimal:
     """Dollars that are spent, reserved or unknown."""
     db = sqlite3.connect(f"file:{work.ledger}?mode=ro", uri=True)
-    (pico,) = db.execute("SELECT sum(coalesce(usd_pico, reserved_pico, 0)) FROM charged").fetchone()
+    (pico,) = db.execute("SELECT sum(held_pico) FROM charged").fetchone()
     db.close()
     return Decimal(pico or 0).scaleb(-12)

@@ -15,14 +15,15 @@ log for every request: what was asked, what it answered and what it charged. A p
     replay     {status, headers, chunks}: bytes sent as they are (latin-1)
     usage      the usage object, null for none
 
-Started as `python fake_provider.py LOG OPTIONS` with OPTIONS as JSON: `p400`, `p429`, `p500`, `p_hangup`, `p_half`
-(shares of requests), `seed`, `latency`, `retry_after`, `bill` (`meta`, `credits`, `header`, `none`, `mix` of them),
+Started as `python fake_provider.py LOG OPTIONS` with OPTIONS as JSON: `p400`, `p429`, `p500`, `p_hangup`, `p_half`,
+`p_silent` (shares of requests), `seed`, `latency`, `retry_after`, `bill` (`meta`, `credits`, `header`, `none`, `mix`),
 `charge` (a factor on its prices), `wordy` (answers of any length up to max_tokens), `refuse_after`, `body`, `bytes`,
 `port`, `replay`, `models`, `deprecations` (lists for the GETs of those names). It prints its port.
 
-`GET /v2/logs` lists what was billed, newest first. Options: `log_lag` (seconds until a line is there), `log_missing`
-(every so many lines are not), `log_429` (every so many calls are refused), `log_breaks_at` (the offset from which on
-it answers 500), `log_adds` (dollars that it adds to each line). GETs are written to LOG.gets.
+`GET /v2/logs` lists what was billed, newest first. Options: `log_lag` (seconds until the line of a lost answer is
+there), `log_missing` (lines of lost answers are not), `log_429` (every so many calls are refused), `log_breaks_at`
+(the offset from which on it answers 500), `log_adds` (dollars that it adds to each line), `log_extra` (further lines),
+`log_says` (with a 403), `log_page` (what every page is). GETs are written to LOG.gets.
 """
 
 from __future__ import annotations
@@ -122,7 +123,7 @@ class Provider:
             listed = self.options.get("models", [SONNET]) if is_list else self.options.get("deprecations")
             payload = json.dumps({"data": listed or []}).encode()
             status = 200 if listed is not None else 404
-            etag = f'W/"{blake2b(payload, digest_size=8).hexdigest()}"'
+            etag = self.options.get("etag", f'W/"{blake2b(payload, digest_size=8).hexdigest()}"')
             if headers.get("if-none-match") == etag:
                 status, payload = 304, b""
             await self.send(status, {"Content-Length": str(len(payload)), "ETag": etag}, payload, writer)
@@ -136,7 +137,8 @@ class Provider:
         try:
             return await self.act(headers, body, text, script, nth, record, writer)
         finally:
-            self.log.write(json.dumps(record) + "\n")
+            if not record.pop("is_logged", False):
+                self.log.write(json.dumps(record) + "\n")
 
     async def act(
         self, headers: dict[str, str], body: dict[str, Any], text: str, script: dict[str, Any], nth: int,
@@ -158,7 +160,7 @@ class Provider:
         failure = failures[nth - 1] if nth <= len(failures) else None
         if failure is None:
             drawn = self.random.random()
-            for kind in (429, 500, 400, "_hangup", "_half"):
+            for kind in (429, 500, 400, "_hangup", "_half", "_silent"):
                 if 0 <= drawn < options.get(f"p{kind}", 0):
                     failure = kind if isinstance(kind, int) else kind[1:]
                 drawn -= options.get(f"p{kind}", 0)
@@ -172,7 +174,7 @@ class Provider:
             return await self.fail(failure, record, script, writer)
         document, usd = self.completion(body, text, script)
         record["usd"], record["answered"] = str(usd), True
-        self.note(record, body, usd, document["usage"])
+        self.note(record, body, usd, document["usage"], is_lost=failure is not None)
         extra: dict[str, str] = {"x-inference-id": f"inf-{self.count}"}
         how = options.get("bill", "meta")
         if how == "mix":
@@ -189,6 +191,8 @@ class Provider:
         if failure == "hangup":
             return False
         if failure == "silent":
+            self.log.write(json.dumps(record) + "\n")  # what follows may never end
+            record["is_logged"] = True
             await asyncio.sleep(3600)
             return False
         record["status"] = 200
@@ -300,14 +304,17 @@ class Provider:
         await self.send(status, {**head, "Content-Length": str(len(payload))}, payload, writer)
         return True
 
-    def note(self, record: dict[str, Any], body: dict[str, Any], usd: Decimal, usage: dict[str, Any] | None) -> None:
+    def note(
+        self, record: dict[str, Any], body: dict[str, Any], usd: Decimal, usage: dict[str, Any] | None, *,
+        is_lost: bool = False,
+    ) -> None:  # fmt: skip
         """A line of the log."""
         status = "failed" if usage is None and not usd else "succeeded"
         billed = usd + Decimal(str(self.options.get("log_adds", 0))) if usd else usd
         counts = usage or {}
         created = datetime.now(UTC).isoformat(timespec="milliseconds")[:-6] + "Z"
         self.lines.append({
-            "at": time.time(), "created": created, "status": status,
+            "at": time.time(), "is_lost": is_lost, "created": created, "status": status,
             "origin": "api", "model": body.get("model"),
             "cost": {"usd": float(billed), "credits": int(billed * 2_000_000)},
             "tokens": {"input": counts.get("prompt_tokens"), "output": counts.get("completion_tokens"),
@@ -320,7 +327,8 @@ class Provider:
         query = {name: values[0] for name, values in parse_qs(urlsplit(path).query).items()}
         self.log_calls += 1
         limit, offset = int(query.get("limit", 50)), int(query.get("offset", 0))
-        status, document = 200, {}
+        status = 200
+        document: dict[str, Any] = {}
         if options.get("key") and headers.get("authorization") != f"Bearer {options['key']}":
             status = 401
         elif options.get("log_429") and self.log_calls % options["log_429"] == 0:
@@ -329,16 +337,19 @@ class Provider:
             status = 500
         elif not 1 <= limit <= 100:
             status = 400
+        elif "log_says" in options:
+            status, document = 403, {"message": options["log_says"]}
+        elif "log_page" in options:
+            document = options["log_page"]
         else:
             start, end = (datetime.fromisoformat(query[name]) for name in ("start", "end"))
-            every = options.get("log_missing")
             seen = [
-                {name: value for name, value in line.items() if name != "at"}
-                for number, line in enumerate(self.lines, 1)
-                if line["at"] + options.get("log_lag", 0) <= time.time()
+                {name: value for name, value in line.items() if name not in ("at", "is_lost")}
+                for line in self.lines
+                if line["at"] + options.get("log_lag", 0) * line["is_lost"] <= time.time()
                 and start <= datetime.fromisoformat(line["created"]) <= end
-                and not (every and number % every == 0)
-            ][::-1]
+                and not (options.get("log_missing") and line["is_lost"])
+            ][::-1] + options.get("log_extra", [])
             page = seen[offset : offset + limit]
             document = {
                 "data": page,
@@ -351,7 +362,7 @@ class Provider:
 
     async def send(self, status: int, headers: dict[str, str], payload: bytes, writer: asyncio.StreamWriter) -> None:
         head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-        writer.write(f"HTTP/1.1 {status} X\r\n{head}\r\n".encode() + payload)
+        writer.write(f"HTTP/1.1 {status} X\r\n{head}\r\n".encode("latin-1") + payload)
         await writer.drain()
 
 

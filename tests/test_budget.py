@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import sqlite3
 import time
@@ -16,8 +17,9 @@ from hypothesis import strategies as st
 
 from batchrun.budget import Budget, Cap, PromptBound
 from batchrun.ledger import Ledger
+from batchrun.money import Cost
 from batchrun.prices import Price, Pricing
-from batchrun.records import Request, Slot
+from batchrun.records import Exchange, Request, Slot
 from batchrun.usage import Usage
 
 from .conftest import FakeProvider, Workspace, spent
@@ -200,6 +202,55 @@ def test_a_retry_that_no_longer_fits_leaves_its_row_pending(work: Workspace, pro
     assert work.rows()[0]["status"] == "pending"
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"parameters": {"max_tokens": 5, "tools": [{"type": "web_search_20250305", "max_uses": 50}]}},
+        {"parameters": {"max_tokens": 5, "web_search_options": {}}},
+        {"prompt": {"messages": [{"role": "user", "content": [
+            {"type": "image_url", "text": "x", "image_url": {"url": " HTTPS://example.com/x.png"}}]}]}},
+        {"prompt": {"messages": [{"role": "user", "content": [{"type": "file", "file": {"file_id": "f"}}]}]}},
+    ],
+)  # fmt: skip
+def test_what_the_model_fetches_counts_for_its_whole_context(
+    work: Workspace, provide: Provide, keys: dict[str, Any]
+) -> None:
+    provider = provide()
+    work.write_rows(["a"])
+    work.write_job(provider.base_url, budget={"usd": 0.9}, **keys)  # 200,000 tokens written to a cache: $0.975
+    result = work.run()
+    assert result.code == 3, result.stderr
+    assert provider.requests == []
+    work.write_job(provider.base_url, budget={"usd": 1.1}, **keys)
+    assert work.run().code == 0
+
+
+def test_an_image_in_the_message_counts_for_more_than_its_bytes(work: Workspace, provide: Provide) -> None:
+    provider = provide()
+    work.write_rows(["a"])
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+    prompt = {"messages": [{"role": "user", "content": [image]}]}
+    work.write_job(provider.base_url, budget={"usd": 0.03}, prompt=prompt)
+    assert work.run().code == 3
+    work.write_job(provider.base_url, budget={"usd": 0.05}, prompt=prompt)
+    assert work.run().code == 0
+
+
+def test_a_refusal_leaves_the_finished_run_in_its_place(work: Workspace, provide: Provide) -> None:
+    provider = provide(models=None)
+    work.write_rows(["a", '<<{"fail": [400]}>>'])
+    work.write_job(provider.base_url, model="nobody/x")
+    assert work.run().code == 1
+    before = work.output.read_bytes()
+    work.write_job(provider.base_url, model="nobody/x", budget={"usd": 1})
+    assert work.run().code == 2
+    assert work.batchrun("verify", "job.yaml").code == 0
+    assert work.output.read_bytes() == before
+    work.write_job(provider.base_url, model="nobody/x")
+    assert work.run("--retry-failed").code == 0
+    assert len(provider.requests) == 3
+
+
 def test_a_free_model_needs_no_price_and_no_bound(work: Workspace, provide: Provide) -> None:
     provider = provide(bill="none")
     work.write_rows(["a", "b"])
@@ -213,6 +264,57 @@ def test_under_a_cap_every_commit_waits_for_the_disk(tmp_path: Path) -> None:
         ledger = Ledger.open(tmp_path / "l.sqlite", job_name="j", job_path=tmp_path, is_durable=is_durable)
         assert ledger.rows("PRAGMA synchronous") == [(synchronous,)]
         ledger.close()
+
+
+@pytest.mark.parametrize("charge", [4, 30])
+def test_calling_again_does_not_raise_the_factor(work: Workspace, provide: Provide, charge: int) -> None:
+    provider = provide(charge=charge, wordy=True)
+    work.write_rows([f"row {index}" for index in range(100)])
+    work.write_job(provider.base_url, parameters={"max_tokens": 400}, budget={"usd": 8}, concurrency=1)
+    assert work.run().code == 3
+    asked = len(provider.requests)
+    for _ in range(3):
+        result = work.run()
+        assert result.code == 3
+        assert "set budget: {factor: " in result.stderr
+    assert len(provider.requests) == asked
+
+
+def test_a_bound_beyond_all_bounds(work: Workspace, provide: Provide) -> None:
+    provider = provide()
+    work.write_rows(["a"])
+    work.write_job(provider.base_url, parameters={"max_tokens": 10**12})
+    assert work.run().code == 0
+    work.write_job(provider.base_url, parameters={"max_tokens": 10**12}, budget={"usd": 1})
+    result = work.run()
+    assert result.code == 3
+    assert "the next row, which has no bound" in result.stderr
+
+
+def test_a_new_day_begins_anew_and_a_clock_set_back_does_not() -> None:
+    price = Price(Decimal(0), Decimal(0), request_usd=Decimal(1))
+    midnight = 1795219200_000_000
+    now = midnight - 1_000_000
+    budget = Budget(Pricing.fixed("job", price), cap=Cap(2 * 10**12, "day"), clock=lambda: now)
+    request = Request(Slot(0, "m"), "k", b"x")
+    exchange = Exchange("ok", cost=Cost(Decimal(1), "reported"))
+
+    async def drive() -> None:
+        nonlocal now
+        first = await budget.reserve(request)
+        assert first is not None
+        now = midnight + 1
+        second = await budget.reserve(request)
+        assert second is not None
+        # What was sent yesterday is settled today, and counts yesterday.
+        budget.settle(request, first, exchange)
+        budget.settle(request, second, exchange)
+        now = midnight - 1
+        assert await budget.reserve(request) is None
+        now = midnight + 86_400_000_000
+        assert await budget.reserve(request) is not None
+
+    asyncio.run(drive())
 
 
 # --- laws -------------------------------------------------------------------------------------------------

@@ -331,3 +331,66 @@ def test_reprice_without_a_price_says_what_to_add(work: Workspace, provide: Prov
     result = work.batchrun("export", "job.yaml", "--reprice")
     assert result.code == 2
     assert "add prices:" in result.stderr
+
+
+def test_reprice_prices_each_answer_by_the_model_that_was_asked(work: Workspace, provide: Provide) -> None:
+    cheap = json.loads(json.dumps(SONNET).replace("3.9", "0.1").replace("0.0195", "0.0001"))
+    cheap |= {"id": "cheap/model", "aliases": []}
+    provider = provide(bill="none", models=[SONNET, cheap])
+    work.write_rows(["a", "b"])
+    work.write_job(provider.base_url)
+    assert work.run().code == 0
+    work.write_job(provider.base_url, model="cheap/model")
+    result = work.batchrun("export", "job.yaml", "--reprice")
+    assert result.code == 0, result.stderr
+    assert "repriced 0 attempts (provider_list prices)" in result.stderr
+    assert provider.bill == spent(work.rows())
+
+
+def test_reprice_between_two_invocations_breaks_no_promise(work: Workspace, provide: Provide) -> None:
+    provider = provide(bill="none", refuse_after=20)
+    work.write_rows([f"row {index}" for index in range(60)])
+    prices = {"input_mtok": 4, "output_mtok": 20}
+    work.write_job(provider.base_url, prices=prices, budget={"usd": 0.03}, concurrency=2)
+    assert work.run().code == 4
+    work.write_job(provider.base_url, prices={"input_mtok": 1, "output_mtok": 5}, budget={"usd": 0.03}, concurrency=2)
+    assert work.batchrun("export", "job.yaml", "--reprice").code == 0
+    again = provide(bill="none", port=0)
+    work.write_job(again.base_url, prices=prices, budget={"usd": 0.03}, concurrency=2)
+    assert work.run().code in (0, 3)
+    assert work.batchrun("export", "job.yaml", "--reprice").code == 0
+    result = work.batchrun("verify", "job.yaml")
+    assert result.code == 0, result.stdout
+
+
+def test_a_list_that_cannot_be_had_is_told(work: Workspace, provide: Provide) -> None:
+    provider = provide(bill="none")
+    work.write_rows(["a"])
+    work.write_job(provider.base_url)
+    assert work.run().code == 0
+    provider.stop()
+    provide(bill="none", models=None, port=provider.port)
+    result = work.run()
+    assert "the price list of aimlapi cannot be had: prices are those of 20" in result.stderr
+    assert work.rows()[0]["cost_source"] == "provider_list"
+
+
+def test_an_answer_for_nothing_is_suspicious(work: Workspace, provide: Provide) -> None:
+    work.write_rows(["a"])
+    work.write_job(provide(charge=0).base_url)
+    assert work.run().code == 0
+    assert work.rows()[0]["flags"] == ["suspicious_cost"]
+
+
+def test_an_odd_list_stops_nobody(work: Workspace, provide: Provide) -> None:
+    units = [
+        {"name": "token", "measure": measure, "price": "1e16", "per": "1e-999990"} for measure in ("input", "output")
+    ]
+    odd = {"id": SONNET["id"], "info": {"outputMax": 10**15}, "pricing": {"units": units}}
+    provider = provide(models=[odd], etag="\u00e9")
+    work.write_rows(["a"])
+    work.write_job(provider.base_url, parameters={})
+    for _ in range(2):
+        result = work.run()
+        assert result.code == 0, result.stderr
+    assert work.batchrun("check", "job.yaml").code == 0

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from .conftest import FakeProvider, Result, Workspace, spent
+from .conftest import KEY, FakeProvider, Result, Workspace, spent
 
 Provide = Callable[..., FakeProvider]
 
@@ -158,7 +158,7 @@ def test_estimates_give_way_to_the_providers_own(work: Workspace, provide: Provi
     assert provider.bill != spent(work.rows())
     result = reconcile(work)
     assert result.code == 0, result.stderr
-    assert result.json["estimates_replaced"] == 2
+    assert result.json["derived_replaced"] == 2
     assert provider.bill == spent(work.rows())
     assert {row["cost_source"] for row in work.rows()} == {"reported"}
     # What the provider told stands above what would be derived.
@@ -184,7 +184,7 @@ def test_requests_that_the_ledger_lost_are_told(work: Workspace, provide: Provid
 
 
 def test_a_budget_gets_back_what_was_not_billed(work: Workspace, provide: Provide) -> None:
-    provider = provide(log_missing=1)
+    provider = provide(log_missing=True)
     ready(work, provider, 8, budget={"usd": 0.026}, parameters={"max_tokens": 200}, concurrency=1)
     assert reconcile(work, "--settle-after", "0").json["not_billed"] == 4
     result = work.run("--retry-failed", "--json")
@@ -206,3 +206,112 @@ def test_what_cannot_be_reconciled_is_refused(
     result = reconcile(work)
     assert result.code == 2
     assert said in result.stderr
+
+
+def test_a_line_that_comes_late_is_believed(work: Workspace, provide: Provide) -> None:
+    provider = provide(log_lag=4)
+    ready(work, provider, 8)
+    early = reconcile(work, "--settle-after", "0")
+    assert (early.code, early.json["not_billed"]) == (0, 4)
+    assert work.manifest()["usd_spent"] < provider.bill
+    time.sleep(4.5)
+    late = reconcile(work)
+    assert (late.code, late.json["billed"]) == (0, 4), late.stderr
+    assert provider.bill == spent(work.rows()) == work.manifest()["usd_spent"]
+    assert work.batchrun("verify", "job.yaml").code == 0
+
+
+def test_the_output_of_another_input_is_left_as_it_is(work: Workspace, provide: Provide) -> None:
+    provider = provide()
+    ready(work, provider, 8)
+    before = work.output.read_bytes()
+    work.write_rows(["Tuesday's"])
+    result = reconcile(work)
+    assert (result.code, result.json["billed"]) == (0, 4), result.stderr
+    assert "the input has changed since" in result.stderr
+    assert work.output.read_bytes() == before
+    (work.folder / "in.csv").unlink()
+    again = reconcile(work)
+    assert again.code == 0, again.stderr
+
+
+def test_an_input_that_is_gone_hides_nothing_of_what_was_learnt(work: Workspace, provide: Provide) -> None:
+    provider = provide()
+    ready(work, provider, 8)
+    (work.folder / "in.csv").unlink()
+    result = reconcile(work)
+    assert (result.code, result.json["billed"]) == (0, 4), result.stderr
+    assert "the output was left as it is" in result.stderr
+
+
+def test_other_peoples_lines_are_none_of_our_business(work: Workspace, provide: Provide) -> None:
+    provider = provide(log_extra=[{"client_request_id": "theirs"}, {"client_request_id": 7}, None, {}])
+    ready(work, provider, 8)
+    assert reconcile(work).code == 0
+
+
+def test_a_line_of_ours_without_a_cost_changes_nothing(work: Workspace, provide: Provide) -> None:
+    provider = provide()
+    ready(work, provider, 8)
+    name = next(request["id"] for request in provider.requests)
+    provider.stop()
+    provide(port=provider.port, log_extra=[{"client_request_id": name, "status": "succeeded", "cost": {"usd": None}}])
+    result = reconcile(work)
+    assert result.code == 4
+    assert "has no cost; nothing was changed" in result.stderr
+
+
+def test_the_log_of_another_account_says_nothing_by_what_it_lacks(work: Workspace, provide: Provide) -> None:
+    provider = provide()
+    ready(work, provider, 8)
+    provider.stop()
+    provide(port=provider.port)
+    result = reconcile(work, "--settle-after", "0")
+    assert result.code == 1
+    assert (result.json["not_billed"], result.json["still_unknown"], result.json["missing"]) == (0, 4, 4)
+    assert "is it that of another account or key?" in result.stderr
+
+
+def test_a_key_that_the_log_echoes_is_not_shown(work: Workspace, provide: Provide) -> None:
+    provider = provide()
+    ready(work, provider, 8)
+    provider.stop()
+    provide(port=provider.port, log_says=f"the key {KEY} is not allowed")
+    result = reconcile(work)
+    assert result.code == 4
+    assert KEY not in result.stderr
+    assert "[secret]" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "pagination",
+    [{"has_more": None, "total": 500}, {"limit": 50, "total": 500}, {"has_more": True}],
+)
+def test_a_log_that_is_not_read_to_its_end_settles_nothing(
+    work: Workspace, provide: Provide, pagination: dict[str, Any]
+) -> None:
+    provider = provide()
+    ready(work, provider, 8)
+    provider.stop()
+    lines = [{"client_request_id": f"theirs-{index}"} for index in range(50)]
+    provide(port=provider.port, log_page={"data": lines, "pagination": pagination})
+    result = reconcile(work, "--settle-after", "0")
+    assert result.code == 4, result.stderr
+    assert "nothing was changed" in result.stderr
+
+
+@pytest.mark.parametrize("minutes", ["nan", "inf", "-1"])
+def test_settle_after_is_a_number(work: Workspace, minutes: str) -> None:
+    work.write_rows(["a"])
+    work.write_job()
+    assert reconcile(work, f"--settle-after={minutes}").code == 2
+
+
+def test_an_id_beyond_all_numbers_is_not_ours(work: Workspace, provide: Provide) -> None:
+    provider = provide()
+    ready(work, provider, 4)
+    run_id = provider.requests[0]["id"].partition(":")[0]
+    provider.stop()
+    extra = [{"client_request_id": f"{run_id}:0:{'9' * 30}", "cost": {"usd": 1}}]
+    provide(port=provider.port, log_extra=extra)
+    assert reconcile(work).code in (0, 1)

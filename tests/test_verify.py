@@ -73,9 +73,16 @@ def alter(work: Workspace, *statements: str) -> None:
         ("DELETE FROM answer WHERE attempt_id IN (SELECT attempt_id FROM answer LIMIT 1)", "was altered"),
         ("UPDATE answer SET body = substr(body, 1, 10)", "cannot be unpacked"),
         ("UPDATE run SET seals = seals + 1", "are not those that it made"),
-        ("INSERT INTO correction VALUES (5, 1, 'reported', 'reconcile', 0)", "usd_spent"),
-        ("INSERT INTO correction VALUES (5, -1, 'reported', 'reconcile', 0)", "makes no sense"),
-        ("INSERT INTO correction VALUES (5000, 1, 'reported', 'reconcile', 0)", "belongs to no attempt"),
+        ("INSERT INTO correction VALUES (5, 1, 1, 'reported')", "belongs to no amendment"),
+        ("INSERT INTO correction VALUES (5000, 1, 1, 'reported')", "belongs to no attempt"),
+        ("INSERT INTO correction VALUES (1, 1, 1, 'reported')", "an amendment 1 that never was"),
+        ("INSERT INTO correction VALUES (1, 1, -1, 'reported')", "makes no sense"),
+        (
+            "UPDATE run SET state = 'finished', input = json_set(input, '$.rows', 50)",
+            "of its rows are neither answered",
+        ),
+        ("UPDATE invocation SET job = json_set(job, '$.budget.usd', '5')", "the job of invocation 1 was altered"),
+        ("UPDATE owner SET runs = runs + 1", "began 3 runs and holds 2"),
     ],
 )
 def test_an_edited_ledger_is_found(done: Workspace, statement: str, said: str) -> None:
@@ -111,7 +118,7 @@ def test_an_answer_paid_twice_is_a_broken_promise(done: Workspace) -> None:
 
 
 def test_a_cap_that_was_exceeded_is_found(done: Workspace) -> None:
-    alter(done, """UPDATE invocation SET job = json_set(job, '$.budget.usd', '0.00001')""")
+    alter(done, """UPDATE invocation SET job = json_set(job, '$.budget.usd', '0.00001'), seal = NULL""")
     result = verify(done)
     assert result.code == 1
     assert "the cap of $0.00001 was exceeded when row 1 was sent" in result.stdout
@@ -213,9 +220,12 @@ def test_verify_changes_nothing_and_needs_a_ledger(done: Workspace) -> None:
 def test_a_ledger_of_the_first_version_is_brought_up_to_date(done: Workspace) -> None:
     manifest = done.manifest()
     alter_all = [
-        "DROP VIEW charged", "DROP TABLE correction", "DROP TABLE price_list",
-        *(f"ALTER TABLE attempt DROP COLUMN {name}" for name in ("request_bytes", "reserved_pico", "seal")),
-        *(f"ALTER TABLE run DROP COLUMN {name}" for name in ("attempts", "settled", "seals")),
+        "DROP VIEW charged", "DROP TABLE correction", "DROP TABLE amendment", "DROP TABLE price_list",
+        *(f"ALTER TABLE attempt DROP COLUMN {name}"
+          for name in ("request_bytes", "reserved_pico", "seal", "held_pico", "settled_after")),
+        *(f"ALTER TABLE owner DROP COLUMN {name}" for name in ("runs", "amendments")),
+        "ALTER TABLE invocation DROP COLUMN seal",
+        *(f"ALTER TABLE run DROP COLUMN {name}" for name in ("attempts", "settled", "seals", "is_written")),
         "PRAGMA user_version = 1",
     ]  # fmt: skip
     db = sqlite3.connect(done.ledger)
