@@ -149,7 +149,11 @@ def _check_unsealed(attempt: dict[str, Any], body: bytes, verdict: Verdict) -> N
     counts = ("prompt_tokens", "completion_tokens", "total_tokens", "cached_tokens")
     if not isinstance(answer, Answer) or any(getattr(answer.usage, name) != attempt[name] for name in counts):
         verdict.blame(f"{_named(attempt)} has other counts than its answer")
-    elif answer.usd_source == attempt["cost_source"] and to_pico(answer.usd or Decimal(0)) != attempt["usd_pico"]:
+    elif (
+        answer.usd is not None
+        and answer.usd_source == attempt["cost_source"]
+        and to_pico(answer.usd) != attempt["usd_pico"]
+    ):
         verdict.blame(f"{_named(attempt)} has another cost than its answer")
 
 
