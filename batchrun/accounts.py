@@ -95,6 +95,7 @@ class Compared(NamedTuple):
     """An attempt beside the lines that the provider's log has of it."""
 
     attempt_id: int
+    run: int
     row_index: int
     client_request_id: str
     ours: Decimal | None
@@ -126,8 +127,8 @@ def compared(ledger: LedgerView, since: int) -> Iterator[Compared]:
     """
     ledger.rows("DROP TABLE IF EXISTS temp.compared")
     ledger.rows(
-        "CREATE TEMP TABLE compared AS SELECT attempt_id, row_index, client_request_id, charged.usd_pico, cost_source, "
-        "origin, reserved_pico, sent_at, latency_us, theirs FROM charged LEFT JOIN (SELECT attempt_id, "
+        "CREATE TEMP TABLE compared AS SELECT attempt_id, run, row_index, client_request_id, charged.usd_pico, "
+        "cost_source, origin, reserved_pico, sent_at, latency_us, theirs FROM charged LEFT JOIN (SELECT attempt_id, "
         "client_request_id, sum(usd_pico) AS theirs FROM temp.billed GROUP BY attempt_id, client_request_id) "
         "USING (attempt_id, client_request_id) "
         "WHERE sent_at >= ? AND (charged.usd_pico IS NULL OR theirs IS NOT NULL) ORDER BY attempt_id",
@@ -136,23 +137,36 @@ def compared(ledger: LedgerView, since: int) -> Iterator[Compared]:
     for *named, ours, cost_source, origin, reserved, sent_at, latency_us, theirs in ledger.each(
         "SELECT * FROM temp.compared"
     ):
-        attempt_id, row_index, client_request_id = named
+        attempt_id, run, row_index, client_request_id = named
         yield Compared(
-            attempt_id, row_index, client_request_id, _usd(ours), cost_source, origin, _usd(reserved), sent_at,
+            attempt_id, run, row_index, client_request_id, _usd(ours), cost_source, origin, _usd(reserved), sent_at,
             seconds(latency_us), _usd(theirs),
         )  # fmt: skip
 
 
-def known_in_log(ledger: LedgerView, since: int, until: int) -> tuple[int, int]:
-    """Attempts of a time that the provider itself reported as billed: those that its log has, and those that not."""
-    ((found, missing),) = ledger.rows(
-        "SELECT coalesce(sum(is_there), 0), coalesce(sum(NOT is_there), 0) FROM (SELECT EXISTS ("
+class InLog(NamedTuple):
+    """What of a run the provider's log has; after `Ledger.take_billed`."""
+
+    lines: int
+    """Attempts with a line."""
+    answered: int
+    """Attempts that were answered, and so must be there."""
+    missing: int
+    """Attempts that the provider itself reported as billed, and that are not there."""
+
+
+def in_log(ledger: LedgerView, since: int, until: int) -> dict[int, InLog]:
+    """By run, for the attempts that were sent in a time."""
+    rows = ledger.rows(
+        "SELECT run, sum(is_there), sum(outcome = 'ok'), "
+        "sum(NOT is_there AND usd_pico > 0 AND cost_source IN ('reported', 'credits')) FROM ("
+        "SELECT run, outcome, usd_pico, cost_source, EXISTS ("
         "SELECT 1 FROM temp.billed WHERE billed.attempt_id = attempt.attempt_id "
         "AND billed.client_request_id = attempt.client_request_id) AS is_there FROM attempt "
-        "WHERE cost_source IN ('reported', 'credits') AND usd_pico > 0 AND sent_at >= ? AND sent_at <= ?)",
+        "WHERE sent_at >= ? AND sent_at <= ?) GROUP BY run",
         (since, until),
     )
-    return found, missing
+    return {run: InLog(lines, answered, missing or 0) for run, lines, answered, missing in rows}
 
 
 def unknown_before(ledger: LedgerView, moment: int) -> tuple[int, Decimal | None]:

@@ -57,6 +57,16 @@ class Hold(NamedTuple):
     """What the cap counts it as, where that is neither its cost nor its reservation."""
     is_over: bool
     """It cost more than was reserved: no cap can hold at such a cost."""
+    needed_factor: Decimal | None = None
+    """With what factor enough would have been reserved; None if none does."""
+
+
+def needed_factor(cost: int, reserved: int, factor: Decimal) -> Decimal | None:
+    """A factor with which enough would have been reserved for a request of such a cost, with some room.
+
+    None if nothing was reserved: no factor helps then.
+    """
+    return (Decimal(cost) / reserved * factor).quantize(Decimal("0.1")) + 1 if reserved else None
 
 
 class Budget:
@@ -137,7 +147,9 @@ class Budget:
         if exchange.outcome == "ok" and not {"suspicious_cost", "zero_usage"} & set(exchange.flags):
             self._bound.learn(request, exchange.usage)
         self._settled.set()
-        return Hold(held if held != cost else None, self._cap is not None and cost > reserved)
+        is_over = self._cap is not None and cost > reserved
+        needed = needed_factor(cost, reserved, self.factor) if is_over else None
+        return Hold(held if held != cost else None, is_over, needed)
 
     def learn(self, usage: Usage, sent_at: int, usd: Decimal) -> None:
         """Take a cost that the provider reported: it tells how far its prices are from those that we know."""

@@ -158,7 +158,7 @@ def export(job: Path, reprice: bool, offline: bool, as_json: bool, quiet: bool, 
     "--settle-after",
     default=30.0,
     show_default=True,
-    type=click.FloatRange(0),
+    type=click.FloatRange(0, 1_000_000),
     metavar="MINUTES",
     help="An attempt older than this that the provider's log does not have was not billed.",
 )

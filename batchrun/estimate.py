@@ -49,7 +49,7 @@ class Estimate:
         basis = (
             f"from {self.measured} earlier answers"
             if self.measured
-            else "by rule of thumb, as nothing was measured yet: --sample measures"
+            else "by rule of thumb, as too little was measured yet: --sample measures"
         )
         tokens = f"tokens: {_range(self.prompt_tokens)} prompt"
         if self.completion_tokens is not None:

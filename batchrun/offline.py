@@ -216,8 +216,9 @@ class Repriced:
 
     def line(self) -> str:
         """A short text."""
+        sources = ", ".join(self.sources) or "no"
         return (
-            f"repriced {self.attempts} attempts ({', '.join(self.sources)} prices): ${usd_text(self.before)} before, "
+            f"repriced {self.attempts} attempts ({sources} prices): ${usd_text(self.before)} before, "
             f"${usd_text(self.after)} now; reported amounts are as they were"
         )
 
@@ -233,10 +234,12 @@ def _reprice(
     attempts = 0
     before = after = Decimal(0)
     sources: dict[str, None] = {}
+    unpriced: list[str] = []
     for model in accounts.models(ledger, run):
         pricing = pricing_of(job, endpoint, model, ledger, is_offline=is_offline, say=say)
         if pricing.source is None:
-            say(f"no price is known for the model {model!r} at {endpoint.name}: its amounts are as they were")
+            if any(True for _ in accounts.derived(ledger, run, model)):
+                unpriced.append(model)
             continue
         source = pricing.source
         sources[source] = None
@@ -250,10 +253,10 @@ def _reprice(
                     yield attempt.attempt_id, usd, source
 
         attempts += ledger.correct("reprice", changed(), {model: pricing.snapshot(now_us())})
-    if not sources:
+    if unpriced:
         raise JobError(
-            f"no price is known for what {endpoint.name} has answered: add prices: {{input_mtok: …, output_mtok: …}} "
-            "(dollars per million tokens)"
+            f"no price is known for {', '.join(map(repr, unpriced))} at {endpoint.name}: add prices: {{input_mtok: …, "
+            "output_mtok: …} (dollars per million tokens)"
         )
     return Repriced(attempts, before, after, tuple(sources))
 

@@ -17,6 +17,8 @@ from batchrun.prices import Limits, Price, Pricing
 from batchrun.providers import Endpoint
 
 _MTOK = 1_000_000
+_MOST_RATE = 1_000_000
+"""Dollars per million tokens, or per request; more is no price."""
 FREE = Pricing.fixed("local", Price(Decimal(0), Decimal(0)))
 
 # What the library calls our providers. AI/ML API's ids carry their vendor's prefix, which its `litellm` table knows.
@@ -74,6 +76,8 @@ def listed_pricing(entry: Mapping[str, Any], endpoint: Endpoint) -> Pricing:
     pricing = _mapping(entry.get("pricing"))
     try:
         price = _from_units(pricing, endpoint) if "units" in pricing else _from_fields(pricing)
+        if price is not None and max(price.input_mtok, price.output_mtok, price.request_usd) > _MOST_RATE:
+            price = None
     except ArithmeticError:  # numbers that no price has
         price = None
     return Pricing.fixed("provider_list", price, limits) if price is not None else Pricing(limits=limits)

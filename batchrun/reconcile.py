@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -207,10 +207,10 @@ class _Tally:
 
 def _settle(ledger: Ledger, since: int, patience: _Patience) -> Reconciliation:
     tally = _Tally()
-    found, missing = accounts.known_in_log(ledger, since, patience.now - int(patience.seconds * 1e6))
-    # A log that has nothing of what we know to be billed says nothing by what it lacks.
-    is_ours = bool(found) or not missing
-    ledger.correct("reconcile", _corrections(accounts.compared(ledger, since), patience if is_ours else None, tally))
+    known = accounts.in_log(ledger, since, patience.now - int(patience.seconds * 1e6))
+    # A log that has nothing of a run that was answered is another account's: it says nothing by what it lacks.
+    silent = {run for run, found in known.items() if found.answered and not found.lines}
+    ledger.correct("reconcile", _corrections(accounts.compared(ledger, since), patience, silent, tally))
     too_old, too_old_usd = accounts.unknown_before(ledger, since)
     unrecorded, unrecorded_usd = accounts.unrecorded(ledger)
     return Reconciliation(
@@ -225,14 +225,14 @@ def _settle(ledger: Ledger, since: int, patience: _Patience) -> Reconciliation:
         derived=tally.derived,
         differences=tuple([*tally.unmended, *tally.mended][:_SHOWN]),
         differing=tally.differing,
-        missing=missing,
+        missing=sum(found.missing for found in known.values()),
         unrecorded=unrecorded,
         unrecorded_usd=unrecorded_usd,
     )
 
 
 def _corrections(
-    attempts: Iterable[Compared], patience: _Patience | None, tally: _Tally
+    attempts: Iterable[Compared], patience: _Patience, silent: Container[int], tally: _Tally
 ) -> Iterator[tuple[int, Decimal, str]]:
     """What the log tells of attempts whose cost we do not know, or know only by derivation."""
     for attempt in attempts:
@@ -243,7 +243,7 @@ def _corrections(
             tally.billed += 1
             tally.billed_usd += theirs
             yield attempt.attempt_id, theirs, "reported"
-        elif ours is None and theirs is None and not (patience is not None and patience.is_over(attempt)):
+        elif ours is None and theirs is None and (attempt.run in silent or not patience.is_over(attempt)):
             tally.still_unknown += 1
             if tally.still_unknown_usd is not None:
                 known = attempt.reserved

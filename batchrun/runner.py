@@ -15,6 +15,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from decimal import Decimal
 from typing import Any, Protocol
 
 from batchrun.budget import Budget
@@ -245,7 +246,7 @@ class Runner:
         )
         hold = self._budget.settle(work.request, reservation, exchange)
         if hold.is_over:
-            self._halt(_overcharged(intent, exchange))
+            self._halt(_overcharged(intent, exchange, hold.needed_factor))
         is_final, stop = self._decide(work, exchange)
         self._undecided -= is_final
         settlement = Settlement(intent, exchange, now_us(), is_final, hold.pico, self._ledger.newest_attempt)
@@ -343,7 +344,7 @@ _NEVER_SENT = Exchange(
 )
 
 
-def _overcharged(intent: Intent, exchange: Exchange) -> Stop:
+def _overcharged(intent: Intent, exchange: Exchange, factor: Decimal | None) -> Stop:
     assert exchange.cost.usd is not None
     assert intent.reserved_pico is not None
     return Stop(
@@ -351,7 +352,7 @@ def _overcharged(intent: Intent, exchange: Exchange) -> Stop:
         "budget",
         f"the provider charged ${usd_text(exchange.cost.usd)} for row {intent.request.slot.row_index + 1}, and at most "
         f"${usd_text(from_pico(intent.reserved_pico))} was to be expected: no cap holds at such prices; "
-        "set budget: {factor: …} or the right prices: to go on",
+        f"set {f'budget: {{factor: {factor}}} or ' if factor else ''}the right prices: to go on",
     )
 
 

@@ -8,7 +8,7 @@ from decimal import Decimal
 from typing import Any
 
 from batchrun import accounts
-from batchrun.budget import Budget, Cap
+from batchrun.budget import Budget, Cap, needed_factor
 from batchrun.catalog import model_entry, price_list
 from batchrun.errors import JobError, LimitError
 from batchrun.job import Job
@@ -92,13 +92,10 @@ def open_budget(plan: Plan, ledger: Ledger, run: Run, pricing: Pricing) -> Budge
     _keep_prices(ledger, pricing, budget, now)
     if excess is not None and _is_as_then(plan.job, excess[2]):
         usd, reserved, _ = excess
-        mend = "set the right prices:"
-        if reserved:
-            needed = (usd / reserved * (setting.factor or 1)).quantize(Decimal("0.1")) + 1
-            mend = f"set budget: {{factor: {needed}}} or the right prices:"
+        factor = needed_factor(to_pico(usd), to_pico(reserved), setting.factor or Decimal(1))
         raise LimitError(
             f"an answer cost ${usd_text(usd)} where at most ${usd_text(reserved)} was to be expected: no cap holds at "
-            f"such prices; {mend} to go on"
+            f"such prices; set {f'budget: {{factor: {factor}}} or ' if factor else ''}the right prices: to go on"
         )
     return budget
 

@@ -272,7 +272,7 @@ def _check_caps(ledger: LedgerView, verdict: Verdict) -> None:
                 f"{attempt_id}): ${usd_text(from_pico(taken[place]))} were taken (promise 4)"
             )
     if any(excused.values()):
-        verdict.notes.append("the provider charged more than was to be expected: what that exceeded breaks no promise")
+        verdict.notes.append("some attempts cost more than was reserved for them: what that exceeded breaks no promise")
 
 
 # --- the output ---------------------------------------------------------------------------------------------

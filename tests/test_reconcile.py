@@ -300,7 +300,7 @@ def test_a_log_that_is_not_read_to_its_end_settles_nothing(
     assert "nothing was changed" in result.stderr
 
 
-@pytest.mark.parametrize("minutes", ["nan", "inf", "-1"])
+@pytest.mark.parametrize("minutes", ["nan", "inf", "-1", "1e17"])
 def test_settle_after_is_a_number(work: Workspace, minutes: str) -> None:
     work.write_rows(["a"])
     work.write_job()
@@ -315,3 +315,25 @@ def test_an_id_beyond_all_numbers_is_not_ours(work: Workspace, provide: Provide)
     extra = [{"client_request_id": f"{run_id}:0:{'9' * 30}", "cost": {"usd": 1}}]
     provide(port=provider.port, log_extra=extra)
     assert reconcile(work).code in (0, 1)
+
+
+def test_an_empty_log_says_nothing_of_a_run_that_was_answered(work: Workspace, provide: Provide) -> None:
+    provider = provide(bill="none")  # so that all that is known of the costs is derived
+    ready(work, provider, 8)
+    provider.stop()
+    provide(port=provider.port)
+    result = reconcile(work, "--settle-after", "0")
+    assert (result.json["not_billed"], result.json["still_unknown"]) == (0, 4)
+
+
+def test_a_run_on_another_key_is_not_settled_by_what_this_ones_log_lacks(work: Workspace, provide: Provide) -> None:
+    first = provide()
+    ready(work, first, 8)
+    first.stop()
+    second = provide(port=first.port)
+    work.write_rows([f"new {index}" for index in range(3)])
+    assert work.run().code == 0
+    assert len(second.requests) == 3
+    result = reconcile(work, "--settle-after", "0")
+    assert result.code == 1
+    assert (result.json["not_billed"], result.json["still_unknown"], result.json["missing"]) == (0, 4, 4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import selectors
 from collections import Counter
@@ -242,14 +243,30 @@ def _check_cap(ledger: Ledger, run: Run, billed: dict[str, Decimal], stop: Stop 
     return cap
 
 
-SEEDS = 60
-
-
-@pytest.mark.parametrize("batch", range(6))
-def test_no_promise_breaks_in_any_simulated_run(tmp_path: Path, batch: int) -> None:
-    for seed in range(batch * SEEDS, (batch + 1) * SEEDS):
+def _run(seeds: range, folder: Path) -> None:
+    for seed in seeds:
         try:
-            simulate(seed, tmp_path)
+            simulate(seed, folder)
         except BaseException as exc:
-            exc.add_note(f"seed {seed}: replay it with simulate({seed}, Path('/tmp'))")
+            exc.add_note(
+                f"seed {seed}: replay it with BATCHRUN_SEED={seed} pytest -n0 -k replayed {Path(__file__).name}"
+            )
             raise
+        for path in folder.glob(f"{seed}.sqlite*"):
+            path.unlink()
+
+
+@pytest.mark.parametrize("batch", range(10))
+def test_no_promise_breaks_in_any_simulated_run(tmp_path: Path, batch: int) -> None:
+    _run(range(batch * 50, (batch + 1) * 50), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", range(10))
+def test_no_promise_breaks_in_5000_simulated_runs(tmp_path: Path, batch: int) -> None:
+    _run(range(batch * 500, (batch + 1) * 500), tmp_path)
+
+
+@pytest.mark.skipif("BATCHRUN_SEED" not in os.environ, reason="set BATCHRUN_SEED to replay one seed")
+def test_one_seed_is_replayed(tmp_path: Path) -> None:
+    _run(range(int(os.environ["BATCHRUN_SEED"]), int(os.environ["BATCHRUN_SEED"]) + 1), tmp_path)
