@@ -8,7 +8,7 @@ from decimal import Decimal
 from typing import Any, NamedTuple
 
 from batchrun.ledger_view import LedgerView, Run, everywhere, seconds
-from batchrun.money import from_pico
+from batchrun.money import DERIVED, REPORTED, from_pico
 from batchrun.records import Totals
 from batchrun.usage import Usage
 
@@ -77,7 +77,7 @@ def reported(ledger: LedgerView, run: Run, model: str) -> Iterator[tuple[Usage, 
     for *counts, sent_at, usd in ledger.rows(
         "SELECT prompt_tokens, completion_tokens, total_tokens, cached_tokens, cache_write_tokens, reasoning_tokens, "
         "sent_at, usd_pico FROM charged WHERE run = ? AND model = ? AND outcome = 'ok' "
-        "AND cost_source IN ('reported', 'credits') ORDER BY attempt_id DESC LIMIT 200",
+        f"AND cost_source IN {REPORTED} ORDER BY attempt_id DESC LIMIT 200",
         (run.run, model),
     ):
         yield Usage(*counts), sent_at, from_pico(usd)
@@ -159,7 +159,7 @@ def in_log(ledger: LedgerView, since: int, until: int) -> dict[int, InLog]:
     """By run, for the attempts that were sent in a time."""
     rows = ledger.rows(
         "SELECT run, sum(is_there), sum(outcome = 'ok'), "
-        "sum(NOT is_there AND usd_pico > 0 AND cost_source IN ('reported', 'credits')) FROM ("
+        f"sum(NOT is_there AND usd_pico > 0 AND cost_source IN {REPORTED}) FROM ("
         "SELECT run, outcome, usd_pico, cost_source, EXISTS ("
         "SELECT 1 FROM temp.billed WHERE billed.attempt_id = attempt.attempt_id "
         "AND billed.client_request_id = attempt.client_request_id) AS is_there FROM attempt "
@@ -211,7 +211,7 @@ def derived(ledger: LedgerView, run: Run, model: str) -> Iterator[DerivedAttempt
     ledger.rows(
         "CREATE TEMP TABLE derived AS SELECT attempt_id, sent_at, usd_pico, prompt_tokens, completion_tokens, "
         "total_tokens, cached_tokens, cache_write_tokens, reasoning_tokens FROM charged WHERE run = ? AND model = ? "
-        "AND outcome = 'ok' AND (usd_pico IS NULL OR cost_source IN ('job', 'provider_list', 'library')) "
+        f"AND outcome = 'ok' AND (usd_pico IS NULL OR cost_source IN {DERIVED}) "
         "ORDER BY attempt_id",
         (run.run, model),
     )

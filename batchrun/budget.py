@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from typing import NamedTuple
 
-from batchrun.money import DERIVED, to_pico
+from batchrun.money import DERIVED, REPORTED, to_pico
 from batchrun.prices import Pricing, is_plausible
 from batchrun.records import Exchange, Request, Reservation, now_us
 from batchrun.usage import Usage
@@ -142,7 +142,7 @@ class Budget:
             held = max(cost, min(reserved, to_pico(usd * self.factor)))
         if self._cap is None or self._cap.began(reservation.made_at) == self._period:
             self._held += held - reserved
-        if exchange.cost.source in ("reported", "credits") and usd is not None:
+        if exchange.cost.source in REPORTED and usd is not None:
             self.learn(exchange.usage, reservation.made_at, usd)
         if exchange.outcome == "ok" and not {"suspicious_cost", "zero_usage"} & set(exchange.flags):
             self._bound.learn(request, exchange.usage)

@@ -114,6 +114,12 @@ class LedgerView:
             ).fetchone()
         return Snapshot(json.loads(row[0]), row[1], row[2]) if row else None
 
+    def last_placed(self) -> tuple[Run, Snapshot] | None:
+        """The newest run that has got as far as its input, and what it was worked by; None if there never was one."""
+        run = self.last_run()
+        known = self.last_snapshot(run) if run is not None else None
+        return (run, known) if run is not None and known is not None else None
+
     def placed_input(self, run: Run) -> dict[str, Any] | None:
         """The input that the run's groups are placed by, with its number of `rows`; None before the first `place`."""
         text = self._value("SELECT input FROM run WHERE run = ?", run.run)

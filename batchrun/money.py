@@ -12,6 +12,8 @@ CREDITS_PER_USD = 2_000_000
 _MOST_USD = Decimal(9_000_000)  # a 64-bit integer of pico-dollars ends at 9.2 million
 _MOST = Decimal(10**18)
 
+REPORTED = ("reported", "credits")
+"""Sources of an amount that the provider has told."""
 DERIVED = ("job", "provider_list", "library")
 """Sources of an amount that we derive from tokens; the provider's own word beats it."""
 

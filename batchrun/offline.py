@@ -161,12 +161,12 @@ def export(
     if not job.ledger_path.exists():
         raise JobError(f"there is nothing to export: no run of this job is in {job.ledger_path}")
     with closing(Ledger.open(job.ledger_path, job_name=job.name, job_path=job.path, adopt=adopt)) as ledger:
-        run = ledger.last_run()
-        known = ledger.last_snapshot(run) if run is not None else None
-        if run is None or known is None:
+        found = ledger.last_placed()
+        if found is None:
             raise JobError(
                 f"there is nothing to export: no run of this job has got as far as its input ({ledger.path})"
             )
+        run, known = found
         shaped = job.with_shape_of(known.job)
         repriced = _reprice(shaped, environ, ledger, run, is_offline, say) if reprices else None
         summary = rewrite(job, ledger, run, known)
@@ -186,11 +186,11 @@ def rewrite(job: Job, ledger: Ledger, run: Run, known: Snapshot) -> Summary:
 
 def refresh(job: Job, ledger: Ledger) -> str:
     """Write the newest run's output again, if it is there and its input is as it was; tell what became of it."""
-    run = ledger.last_run()
-    known = ledger.last_snapshot(run) if run is not None else None
-    placed = ledger.placed_input(run) if run is not None else None
-    if run is None or known is None or placed is None:
+    found = ledger.last_placed()
+    placed = ledger.placed_input(found[0]) if found is not None else None
+    if found is None or placed is None:
         return "no output was written"
+    run, known = found
     try:
         plan = Plan.to_read(job.with_shape_of(known.job), known.endpoint)
         output = plan.output_path(run)

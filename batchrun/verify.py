@@ -279,10 +279,10 @@ def _check_caps(ledger: LedgerView, verdict: Verdict) -> None:
 
 
 def _check_output(job: Job, ledger: LedgerView, verdict: Verdict) -> None:
-    run = ledger.last_run()
-    known = ledger.last_snapshot(run) if run is not None else None
-    if run is None or known is None:
+    found = ledger.last_placed()
+    if found is None:
         return
+    run, known = found
     try:
         plan = Plan.to_read(job.with_shape_of(known.job), known.endpoint)
         output = plan.output_path(run)

@@ -59,9 +59,7 @@ def test_after_kill_the_log_tells_what_was_done(work: Workspace, provide: Provid
     work.write_rows([f"row {index}" for index in range(200)])
     work.write_job(provider.base_url, concurrency=16)
     process = work.start("job.yaml")
-    deadline = time.monotonic() + 60
-    while len(provider.requests) < 40 and time.monotonic() < deadline:
-        time.sleep(0.02)
+    provider.wait_for(40, seconds=60)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     time.sleep(1)  # what was under way comes to its end there
@@ -337,3 +335,14 @@ def test_a_run_on_another_key_is_not_settled_by_what_this_ones_log_lacks(work: W
     result = reconcile(work, "--settle-after", "0")
     assert result.code == 1
     assert (result.json["not_billed"], result.json["still_unknown"], result.json["missing"]) == (0, 4, 4)
+
+
+def test_a_line_that_says_failed_settles_even_a_young_attempt(work: Workspace, provide: Provide) -> None:
+    provider = provide()
+    ready(work, provider, 1)
+    (request,) = provider.requests
+    provider.stop()
+    provide(port=provider.port, log_extra=[{"client_request_id": request["id"], "status": "failed", "cost": None}])
+    result = reconcile(work)  # of the last half hour
+    assert (result.code, result.json["not_billed"], result.json["still_unknown"]) == (0, 1, 0), result.stderr
+    assert work.rows()[0]["cost_source"] == "not_billed"
