@@ -96,6 +96,10 @@ class Budget:
         self._clock = clock
         self._now = clock()
         self._period = cap.began(self._now) if cap is not None else 0
+        self.checked_from: int | None = self._period if cap is not None else None
+        """Since when no more than `most_held` can be taken, in microseconds since 1970, UTC; None if that is not known:
+        there is no cap, a new period has begun, or an answer cost more than was reserved."""
+        self.most_held = max(held, cap.pico) if cap is not None else 0
         self._bound = PromptBound()
         self._turn = asyncio.Lock()
         self._settled = asyncio.Event()
@@ -148,6 +152,8 @@ class Budget:
             self._bound.learn(request, exchange.usage)
         self._settled.set()
         is_over = self._cap is not None and cost > reserved
+        if is_over:
+            self.checked_from = None
         needed = needed_factor(cost, reserved, self.factor) if is_over else None
         return Hold(held if held != cost else None, is_over, needed)
 
@@ -191,7 +197,7 @@ class Budget:
             return True
         if (period := self._cap.began(now)) != self._period:
             # A new day: what is still in flight was sent on the old one, and counts there.
-            self._period, self._held = period, 0
+            self._period, self._held, self.checked_from = period, 0, None
         return most is not None and self._held + most <= self._cap.pico
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 from collections.abc import Mapping
 from dataclasses import replace
 from decimal import Decimal
@@ -93,7 +92,7 @@ class ChatSender:
         headers["Content-Length"] = str(len(body))
         headers["X-Client-Request-Id"] = intent.client_request_id
         request = httpx.Request("POST", self._url, headers=headers, content=body, extensions=self._extensions)
-        reception = _Reception(time.monotonic())
+        reception = _Reception(asyncio.get_running_loop().time())
         try:
             async with asyncio.timeout(self._timeout_seconds):
                 response = await self._transport.handle_async_request(request)
@@ -139,14 +138,14 @@ class ChatSender:
             if reader is not None and self._streamed:
                 reader.feed(piece)
                 if reception.first_token is None and reader.has_content:
-                    reception.first_token = time.monotonic()
+                    reception.first_token = asyncio.get_running_loop().time()
                 if reader.is_done:
                     return  # some servers keep the connection open after [DONE]
 
     def _exchange(self, reception: _Reception, sent_at: int) -> Exchange:
         received = b"".join(reception.pieces)
         raw = self._scrubbed(received)
-        latency = time.monotonic() - reception.started
+        latency = asyncio.get_running_loop().time() - reception.started
         first = reception.first_token
         base = Exchange(
             "unknown",

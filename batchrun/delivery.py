@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from batchrun import accounts
 from batchrun.answers import Results
-from batchrun.errors import BrokenPromiseError, ExitCode
+from batchrun.errors import BrokenPromiseError, ExitCode, Promise
 from batchrun.ledger_view import LedgerView, Run
 from batchrun.money import usd_text
 from batchrun.plan import Plan
@@ -97,12 +97,14 @@ def _check_sums(summary: Summary, results: Results) -> None:
     should = (summary.rows, totals.ok, totals.failed, summary.pending)
     if wrote != should:
         raise BrokenPromiseError(
-            f"promise 1 (every slot ends in one state): the output has {wrote} rows (all, ok, failed, pending), the "
-            f"ledger {should}; keep {summary.ledger} for a bug report"
+            Promise.ONE_STATE,
+            f"the output has {wrote} rows (all, ok, failed, pending), the ledger {should}",
+            summary.ledger,
         )
     if counts.usd + totals.unplaced_usd != totals.usd:
         raise BrokenPromiseError(
-            f"promise 5 (money is exact): the rows add up to ${usd_text(counts.usd)}, those without a row to "
-            f"${usd_text(totals.unplaced_usd)}, the ledger to ${usd_text(totals.usd)}; keep {summary.ledger} for a "
-            "bug report"
+            Promise.EXACT,
+            f"the rows add up to ${usd_text(counts.usd)}, those without a row to ${usd_text(totals.unplaced_usd)}, "
+            f"the ledger to ${usd_text(totals.usd)}",
+            summary.ledger,
         )

@@ -15,7 +15,8 @@ A failure of one row is not an exception: it is a `records.Failure`, a value who
 
 from __future__ import annotations
 
-from enum import IntEnum
+from enum import IntEnum, StrEnum
+from pathlib import Path
 
 
 class ExitCode(IntEnum):
@@ -77,7 +78,28 @@ class StorageError(BatchrunError):
     exit_code = ExitCode.STORAGE
 
 
+class Promise(StrEnum):
+    """What users rely on, and what is checked on every run."""
+
+    ONE_STATE = "every row ends in one state"
+    PAID_ONCE = "no answer is paid for twice"
+    INTENT_FIRST = "nothing is sent before its intent is on record"
+    CAP = "the cap holds"
+    EXACT = "money is exact"
+
+
 class BrokenPromiseError(BatchrunError):
-    """One of our own promises was broken: a bug. The message names the promise."""
+    """One of our own promises was broken: a bug. The message names it, and what to keep for a report.
+
+    Args:
+        found: what contradicts the promise.
+        ledger: the file that tells what happened.
+    """
 
     exit_code = ExitCode.BUG
+
+    def __init__(self, promise: Promise, found: str, ledger: Path | str) -> None:
+        super().__init__(
+            f"a promise was broken, {promise.value!r}: {found}. This is a bug in batchrun, and nothing more is sent: "
+            f"please report it with this message, and keep {ledger} as it is (with its -wal)"
+        )

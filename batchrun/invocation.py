@@ -14,7 +14,7 @@ from typing import IO
 from batchrun import accounts, local
 from batchrun.budget import Budget
 from batchrun.delivery import summarise, write_output
-from batchrun.errors import BatchrunError, BrokenPromiseError, ExitCode, JobError, StorageError
+from batchrun.errors import BatchrunError, BrokenPromiseError, ExitCode, JobError, Promise, StorageError
 from batchrun.job import Job
 from batchrun.ledger import Ledger
 from batchrun.ledger_view import Run
@@ -26,10 +26,11 @@ from batchrun.projection import Projection, project
 from batchrun.records import Request
 from batchrun.runner import NO_ROOM, Runner, Stop
 from batchrun.sink import check_writable
-from batchrun.spending import cap_reached, open_budget, pricing_of, rows_left
+from batchrun.spending import cap_reached, check_cap, open_budget, pricing_of, rows_left
 from batchrun.summary import Summary
 
 _OTHER_FILES = 64
+_BROKEN = (ExitCode.STORAGE, ExitCode.BUG)
 Say = Callable[[str], None]
 
 
@@ -165,7 +166,10 @@ def _ask(context: _Context, rows: int, settled: int) -> _Ended:
         total = rows if only is None else min(rows, settled + len(only))
         progress = Progress(context.stream, total=total, rows=rows, settled=settled, usd=usd, tokens=tokens)
     try:
-        return asyncio.run(_drive(context, _chain(first, pending), pricing, budget, progress))
+        ended = asyncio.run(_drive(context, _chain(first, pending), pricing, budget, progress))
+        if ended.stop is None or ended.stop.exit_code not in _BROKEN:
+            check_cap(plan, ledger, current, budget)
+        return ended
     finally:
         if progress is not None:
             progress.close()
@@ -212,6 +216,7 @@ async def _drive(
             max_attempts=job.retry.max_attempts,
             max_seconds=job.retry.max_seconds,
             stop_seconds=job.stop_seconds,
+            clock=asyncio.get_running_loop().time,
             on_settled=progress.settle if progress is not None else lambda settlement: None,
         )
         ticking = asyncio.create_task(_tick(progress)) if progress is not None else None
@@ -259,7 +264,7 @@ def _finish(context: _Context, rows: int, ended: _Ended) -> Summary:
     """Write the output and settle how the invocation ended."""
     plan, ledger, current, say = context.plan, context.ledger, context.run, context.say
     stop = ended.stop
-    is_broken = stop is not None and stop.exit_code in (ExitCode.STORAGE, ExitCode.BUG)
+    is_broken = stop is not None and stop.exit_code in _BROKEN
     is_changed = stop is not None and stop.reason == "input_changed"
     is_readable = True
     if not is_broken:
@@ -323,8 +328,9 @@ def _outcome(summary: Summary, stop: Stop | None, *, is_changed: bool, is_sample
         return (ExitCode.ROWS_FAILED if summary.totals.failed else ExitCode.OK), "sample"
     if summary.pending:
         raise BrokenPromiseError(
-            f"promise 1 (every slot ends in one state): {summary.pending} of {summary.rows} rows are neither answered "
-            f"nor failed, and nothing stopped the run; keep {summary.ledger} for a bug report"
+            Promise.ONE_STATE,
+            f"{summary.pending} of {summary.rows} rows are neither answered nor failed, and nothing stopped the run",
+            summary.ledger,
         )
     return (ExitCode.ROWS_FAILED, "rows_failed") if summary.totals.failed else (ExitCode.OK, None)
 

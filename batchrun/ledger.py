@@ -25,7 +25,7 @@ from typing import Any
 import zstandard
 
 from batchrun import __version__
-from batchrun.errors import JobError, StorageError
+from batchrun.errors import BrokenPromiseError, JobError, Promise, StorageError
 from batchrun.ledger_view import (
     INTENT_COLUMNS,
     SEAL_MASK,
@@ -68,6 +68,8 @@ class Ledger(LedgerView):
         self._invocation = 0
         self.is_dirty = False
         """True if commits since the last `sync` would be lost with the power."""
+        self.newest_intended = 0
+        """The newest attempt of this process whose intent is committed."""
 
     @classmethod
     def open(
@@ -242,11 +244,18 @@ class Ledger(LedgerView):
         return Intent(attempt_id, request, number, reservation.made_at, client_request_id, reservation.pico)
 
     def commit(self, run: Run, settlements: Sequence[Settlement], intents: Sequence[Intent]) -> None:
-        """Settle what arrived and record what goes next, in one transaction."""
+        """Settle what arrived and record what goes next, in one transaction.
+
+        Raises:
+            BrokenPromiseError: an attempt was settled twice or never recorded, or its slot is answered already.
+        """
         settled = [self._sealed(run, settlement) for settlement in settlements]
         with self._transaction():
             if settled:
-                self._db.executemany(_SETTLE, settled)
+                if self._db.executemany(_SETTLE, settled).rowcount != len(settled):
+                    raise BrokenPromiseError(
+                        Promise.INTENT_FIRST, "an answer belongs to no attempt that is in flight", self.path
+                    )
                 self._db.executemany(
                     "INSERT INTO answer VALUES (?, ?, ?)",
                     [
@@ -260,9 +269,15 @@ class Ledger(LedgerView):
                     ],
                 )
             if intents:
-                self._db.executemany(_INTEND, [self._intended(run, intent) for intent in intents])
+                intended = self._db.executemany(_INTEND, [self._intended(run, intent) for intent in intents])
+                if intended.rowcount != len(intents):
+                    raise BrokenPromiseError(
+                        Promise.PAID_ONCE, "a row that has its answer was about to be asked again", self.path
+                    )
             self._count(run, len(intents), [values[-2] for values in settled])
         self.is_dirty = True
+        if intents:
+            self.newest_intended = intents[-1].attempt_id
 
     def sync(self) -> None:
         """Bring the write-ahead log to the disk: what was committed before survives a power cut."""
@@ -422,8 +437,12 @@ class Ledger(LedgerView):
                 raise
 
 
+_NUMBERED = {name: f"?{number}" for number, name in enumerate(INTENT_COLUMNS, 1)}
+# Only where the group has no answer: what would be paid for twice is not even recorded.
 _INTEND = f"""
-    INSERT INTO attempt ({", ".join(INTENT_COLUMNS)}) VALUES ({", ".join("?" * len(INTENT_COLUMNS))})
+    INSERT INTO attempt ({", ".join(INTENT_COLUMNS)}) SELECT {", ".join(_NUMBERED.values())}
+    WHERE NOT EXISTS (SELECT 1 FROM attempt WHERE outcome = 'ok'
+        AND {" AND ".join(f"{name} = {_NUMBERED[name]}" for name in ("run", "row_index", "model", "sample", "key"))})
 """
 _SETTLE = f"""
     UPDATE attempt SET {", ".join(f"{name} = ?" for name in SETTLEMENT_COLUMNS)}, seal = ?

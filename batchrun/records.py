@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from decimal import Decimal
 from enum import Enum
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from batchrun.usage import Usage
 
 def now_us() -> int:
     """Microseconds since 1970, UTC."""
-    return int(datetime.now(UTC).timestamp() * 1_000_000)
+    return time.time_ns() // 1000
 
 
 class Slot(NamedTuple):

@@ -11,7 +11,6 @@ import asyncio
 import heapq
 import itertools
 import re
-import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -19,7 +18,7 @@ from decimal import Decimal
 from typing import Any, Protocol
 
 from batchrun.budget import Budget
-from batchrun.errors import BatchrunError, ExitCode, InputError
+from batchrun.errors import BatchrunError, BrokenPromiseError, ExitCode, InputError, Promise
 from batchrun.ledger import Ledger
 from batchrun.ledger_view import Run
 from batchrun.money import NOT_BILLED, from_pico, usd_text
@@ -76,8 +75,8 @@ class Runner:
     Args:
         requests: rows to be asked, drawn one by one as places get free.
         budget: what they may cost.
-        on_settled: called with every settlement, for the progress display.
         clock: seconds, monotonic.
+        on_settled: called with every settlement, for the progress display.
     """
 
     def __init__(
@@ -92,8 +91,8 @@ class Runner:
         max_attempts: int,
         max_seconds: float,
         stop_seconds: float,
+        clock: Callable[[], float],
         on_settled: Callable[[Settlement], None] = lambda settlement: None,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._ledger = ledger
         self._run = run
@@ -208,6 +207,10 @@ class Runner:
                 return
             intent = self._ledger.intent(self._run, work.request, work.tries + 1, reservation)
             await self._journal.intend(intent)
+            if intent.attempt_id > self._ledger.newest_intended:
+                raise BrokenPromiseError(
+                    Promise.INTENT_FIRST, f"attempt {intent.attempt_id} is not committed", self._ledger.path
+                )
             self.sent += 1
             work.tries += 1
             sent_at = self._clock()
@@ -292,7 +295,12 @@ class Runner:
             case _:
                 frame = traceback.extract_tb(exc.__traceback__)[-1]
                 where = f"{frame.filename}:{frame.lineno}"
-                stop = Stop(ExitCode.BUG, "bug", f"a bug in batchrun: {type(exc).__name__}: {exc} ({where})")
+                stop = Stop(
+                    ExitCode.BUG,
+                    "bug",
+                    f"a bug in batchrun: {type(exc).__name__}: {exc} ({where}); please report it with this "
+                    f"message, and keep {self._ledger.path} as it is (with its -wal)",
+                )
         self._has_failed = True
         self._halt(stop)
 

@@ -10,7 +10,7 @@ from typing import Any
 from batchrun import accounts
 from batchrun.budget import Budget, Cap, needed_factor
 from batchrun.catalog import model_entry, price_list
-from batchrun.errors import JobError, LimitError
+from batchrun.errors import BrokenPromiseError, JobError, LimitError, Promise
 from batchrun.job import Job
 from batchrun.ledger import Ledger
 from batchrun.ledger_view import LedgerView, Run
@@ -181,6 +181,24 @@ def _taken(plan: Plan, ledger: LedgerView, run: Run) -> accounts.Held:
     assert setting is not None
     since = Cap(to_pico(setting.usd), setting.per).began(now_us())
     return accounts.held(ledger, run if setting.per == "run" else None, since)
+
+
+def check_cap(plan: Plan, ledger: LedgerView, run: Run, budget: Budget) -> None:
+    """What was kept within the cap in memory must be so on disk.
+
+    Raises:
+        BrokenPromiseError: more is taken than the cap allows, and nothing that the provider charged excuses it.
+    """
+    setting = plan.job.budget
+    if setting is None or budget.checked_from is None:
+        return
+    taken = accounts.held(ledger, run if setting.per == "run" else None, budget.checked_from).pico
+    if taken > budget.most_held:
+        raise BrokenPromiseError(
+            Promise.CAP,
+            f"${usd_text(from_pico(taken))} are taken of ${usd_text(from_pico(budget.most_held))}",
+            ledger.path,
+        )
 
 
 def over_cap(plan: Plan, ledger: LedgerView, run: Run) -> Decimal | None:

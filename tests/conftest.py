@@ -144,7 +144,7 @@ class Workspace:
             with self.start(*args) as process:
                 stdout, stderr = process.communicate(timeout=timeout)
                 return Result(process.returncode, stdout, stderr)
-        result = Result(*_forks().call(args, self.folder, self.environment(), timeout))
+        result = Result(*forks().call(args, self.folder, self.environment(), timeout))
         if result.code == -signal.SIGKILL:
             pytest.fail(f"batchrun {args} did not end within {timeout} s:\n{result.stderr}")
         return result
@@ -164,7 +164,7 @@ class Workspace:
 
 
 @cache
-def _forks() -> Forks:
+def forks() -> Forks:
     return Forks()
 
 

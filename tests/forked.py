@@ -1,19 +1,21 @@
-"""The command line in processes of its own that need not import everything anew: forks of one that has.
+"""Processes that need not import everything anew: forks of one that has.
 
 A program that stands ready with all of batchrun imported (and nothing done) reads calls from its standard input, a
-JSON object a line, and forks for each. A call that must be a process from its very beginning, to be killed or
-to show what it imports, starts Python itself (`Workspace.start`).
+JSON object a line, and forks for each: the command line, or a function of the tests. A call that must be a process
+from its very beginning, to show what it imports, starts Python itself (`Workspace.start`).
 """
 
 from __future__ import annotations
 
 import atexit
+import importlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +25,26 @@ class Forks:
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+            [sys.executable, "-m", "tests.forked"], cwd=Path(__file__).parent.parent, stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
         atexit.register(self._end)
 
     def call(self, args: tuple[str, ...], cwd: Path, env: dict[str, str], timeout: float) -> tuple[int, str, str]:
-        """Exit code, stdout and stderr; a call that does not end in time is killed."""
+        """Run the command line: exit code, stdout and stderr; a call that does not end in time is killed."""
+        return self._call({"args": args, "cwd": str(cwd), "env": env, "timeout": timeout})
+
+    def function(self, target: str, timeout: float = 600, **arguments: Any) -> tuple[int, str, str]:
+        """Run a function, named as `module:name`, with arguments that JSON can carry: 0, or 1 if it raised."""
+        env = dict(os.environ)
+        return self._call({"target": target, "arguments": arguments, "cwd": ".", "env": env, "timeout": timeout})
+
+    def _call(self, call: dict[str, Any]) -> tuple[int, str, str]:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         with tempfile.TemporaryDirectory() as folder:
             out, err = Path(folder) / "out", Path(folder) / "err"
-            call = {"args": args, "cwd": str(cwd), "env": env, "out": str(out), "err": str(err), "timeout": timeout}
-            self._process.stdin.write(json.dumps(call) + "\n")
+            self._process.stdin.write(json.dumps(call | {"out": str(out), "err": str(err)}) + "\n")
             self._process.stdin.flush()
             code = int(self._process.stdout.readline())
             return code, out.read_text(encoding="utf-8"), err.read_text(encoding="utf-8")
@@ -84,13 +94,20 @@ def _become(call: dict[str, Any]) -> None:
     encoding = os.environ.get("PYTHONIOENCODING", "utf-8")
     sys.stdin, sys.stdout = open(0), open(1, "w", encoding=encoding)  # noqa: SIM115
     sys.stderr = open(2, "w", buffering=1, encoding=encoding)  # noqa: SIM115
-    sys.argv = ["batchrun", *call["args"]]
     random.seed()
     code = 1
     try:
-        batchrun.cli.main()
+        if "target" in call:
+            module, _, name = call["target"].partition(":")
+            getattr(importlib.import_module(module), name)(**call["arguments"])
+            code = 0
+        else:
+            sys.argv = ["batchrun", *call["args"]]
+            batchrun.cli.main()
     except SystemExit as exc:
         code = exc.code if isinstance(exc.code, int) else 0
+    except BaseException:  # noqa: BLE001 - a fork must never go on in its parent's place
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

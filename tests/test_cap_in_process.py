@@ -24,7 +24,7 @@ from batchrun.providers import resolve
 from batchrun.records import Request, Slot
 from batchrun.runner import Runner, Stop
 
-from .test_simulation import VirtualLoop
+from .virtual import VirtualLoop
 
 PRICING = Pricing.fixed("provider_list", Price(Decimal("3.9"), Decimal("19.5"), rounds_to_credits=True))
 
