@@ -87,11 +87,18 @@ def run(job: Job, options: Options, environ: Mapping[str, str], *, say: Say, str
         is_durable=job.budget is not None,
     )
     with closing(opened) as ledger:
+        if ledger.has_lost_log:
+            say(
+                f"warning: the last process died at work, and its write-ahead log {ledger.path.name}-wal is gone: "
+                "unless another program has folded it into the ledger, the last answers are missing and will be paid "
+                "for again"
+            )
         current = _choose_run(ledger, options)
         check_writable(plan.output_path(current), None if options.adopt_ledger else job.name)
         ledger.begin_invocation(current, job=job.snapshot(), endpoint=plan.endpoint.identity)
         context = _Context(plan, ledger, current, options, say, stream)
         with _end_recorded(ledger, current):
+            ledger.reserve_room(job.concurrency)
             rows = place(plan, ledger, current)
             settled = _announce(context, rows)
             ended = _ask(context, rows, settled)

@@ -10,13 +10,14 @@ groups a new row, or none, and writes the exceptions down in the table `moved`.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import secrets
 import socket
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
@@ -26,6 +27,7 @@ import zstandard
 
 from batchrun import __version__
 from batchrun.errors import BrokenPromiseError, JobError, Promise, StorageError
+from batchrun.folders import fill, sync_folder
 from batchrun.ledger_view import (
     INTENT_COLUMNS,
     SEAL_MASK,
@@ -36,7 +38,7 @@ from batchrun.ledger_view import (
     seal,
     storage,
 )
-from batchrun.migrations import migrate
+from batchrun.migrations import create_tables, migrate
 from batchrun.money import to_pico
 from batchrun.records import (
     Action,
@@ -49,6 +51,10 @@ from batchrun.records import (
     Settlement,
     now_us,
 )
+
+_ROOM_PER_ANSWER = 64 * 1024
+_LEAST_ROOM = 1024 * 1024
+_MOST_ROOM = 64 * 1024 * 1024
 
 
 class Ledger(LedgerView):
@@ -63,11 +69,14 @@ class Ledger(LedgerView):
         super().__init__(connection, path)
         status = path.stat()
         self._file = (status.st_dev, status.st_ino)
+        self._reserve = path.with_name(f"{path.name}.reserve")
         self._next_attempt = 1 + (self._value("SELECT max(attempt_id) FROM attempt") or 0)
         self._compressor = zstandard.ZstdCompressor(level=3)
         self._invocation = 0
         self.is_dirty = False
         """True if commits since the last `sync` would be lost with the power."""
+        self.has_lost_log = False
+        """True if the last process died and its write-ahead log is not there."""
         self.newest_intended = 0
         """The newest attempt of this process whose intent is committed."""
 
@@ -81,10 +90,10 @@ class Ledger(LedgerView):
             is_durable: every commit survives a power cut, as a cap must.
         """
         with storage(path):
-            is_new = not path.exists()
-            if is_new:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+            if not path.exists():
+                _create(path)
+            wal = _wal(path)
+            has_log = wal.exists() and wal.stat().st_size > 0
             db = sqlite3.connect(path, isolation_level=None)
             try:
                 mode = db.execute("PRAGMA journal_mode=WAL").fetchone()[0]
@@ -100,6 +109,7 @@ class Ledger(LedgerView):
                 ledger = cls(db, path)
                 ledger._own(job_name, job_path, adopt)
                 ledger._settle_orphans()
+                ledger.has_lost_log = ledger._bury() and not has_log
             except BaseException:
                 db.close()
                 raise
@@ -155,6 +165,35 @@ class Ledger(LedgerView):
             )  # fmt: skip
             assert cursor.lastrowid is not None
             self._invocation = cursor.lastrowid
+        # That this process works on it must be in the file itself: it tells a lost log from one that never was. What
+        # was in the log stays in it until it is overwritten.
+        with storage(self.path):
+            self._db.execute("PRAGMA wal_checkpoint(RESTART)")
+
+    def reserve_room(self, answers: int) -> None:
+        """Keep room on the disk for so many answers: where it gets full, those in flight must still find a place.
+
+        Raises:
+            StorageError: the disk is full already.
+        """
+        with storage(self.path):
+            try:
+                fill(self._reserve, min(_MOST_ROOM, max(_LEAST_ROOM, answers * _ROOM_PER_ANSWER)))
+            except OSError as exc:
+                if exc.errno != errno.EFBIG:  # a limit for each file is no full disk
+                    raise
+
+    def make_room(self) -> None:
+        """Give back what was reserved, and fold the write-ahead log in: what is in flight is to be recorded yet."""
+        with suppress(OSError, sqlite3.Error):
+            self._reserve.unlink(missing_ok=True)
+            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    def close(self) -> None:
+        """Close the file; SQLite folds the write-ahead log into it."""
+        with suppress(OSError):
+            self._reserve.unlink(missing_ok=True)
+        super().close()
 
     def keep_prices(self, prices: dict[str, Any]) -> None:
         """Record the prices that this invocation reckons with."""
@@ -283,10 +322,9 @@ class Ledger(LedgerView):
         """Bring the write-ahead log to the disk: what was committed before survives a power cut."""
         self.is_dirty = False
         self._refuse_replaced()
-        wal = self.path.with_name(f"{self.path.name}-wal")
         with storage(self.path):
             try:
-                fd = os.open(wal, os.O_RDONLY)
+                fd = os.open(_wal(self.path), os.O_RDONLY)
             except FileNotFoundError:
                 return
             try:
@@ -420,6 +458,12 @@ class Ledger(LedgerView):
                 self._db.execute(_SETTLE, (*values, sealed, intended[0]))
                 self._count(Run(intended[1], "", 0, "", is_new=False), 0, [sealed])
 
+    def _bury(self) -> bool:
+        """Note that the last process died at work; False if it did not."""
+        with self._transaction():
+            dead = self._db.execute("UPDATE invocation SET reason = 'died' WHERE ended_at IS NULL AND reason IS NULL")
+            return dead.rowcount > 0
+
     def _execute_script(self, sql: str) -> None:
         with storage(self.path):
             self._db.executescript(sql)
@@ -487,6 +531,35 @@ _PLACE = """
     DROP TABLE temp.grouped;
     DROP TABLE temp.displaced
 """
+
+
+def _create(path: Path) -> None:
+    """Make an empty ledger that appears with all its tables, or not at all: one without them has been damaged."""
+    wal = _wal(path)
+    if wal.exists() and wal.stat().st_size:
+        raise StorageError(
+            f"{path} is missing, and its write-ahead log {wal.name} is there: bring the ledger back; or, if its "
+            f"answers may be paid for again, delete {wal.name}"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.new")
+    try:
+        beside.unlink(missing_ok=True)
+        os.close(os.open(beside, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+        db = sqlite3.connect(beside, isolation_level=None)
+        try:
+            create_tables(db)
+        finally:
+            db.close()
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def _wal(path: Path) -> Path:
+    return path.with_name(f"{path.name}-wal")
 
 
 def _outcome(

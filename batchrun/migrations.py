@@ -149,7 +149,16 @@ def migrate(db: sqlite3.Connection, path: Path) -> None:
     Raises:
         StorageError: it is no ledger, or one of a newer batchrun.
     """
-    for number, script in enumerate(_MIGRATIONS[_version(db, path) :], _version(db, path) + 1):
+    _upgrade(db, _version(db, path))
+
+
+def create_tables(db: sqlite3.Connection) -> None:
+    """Make an empty database a ledger of the present version."""
+    _upgrade(db, 0)
+
+
+def _upgrade(db: sqlite3.Connection, version: int) -> None:
+    for number, script in enumerate(_MIGRATIONS[version:], version + 1):
         db.executescript(f"BEGIN IMMEDIATE; {script} PRAGMA user_version = {number}; COMMIT;")
 
 
@@ -166,8 +175,13 @@ def check_version(db: sqlite3.Connection, path: Path) -> None:
 
 def _version(db: sqlite3.Connection, path: Path) -> int:
     version: int = db.execute("PRAGMA user_version").fetchone()[0]
-    if version == 0 and db.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone():
-        raise StorageError(f"{path} is another program's database: set `ledger:` to another path")
+    if version == 0:
+        if db.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone():
+            raise StorageError(f"{path} is another program's database: set `ledger:` to another path")
+        raise StorageError(
+            f"{path} is empty, and a ledger never is: it has been damaged. Bring it back from a backup; or, if its "
+            "answers may be paid for again, delete it"
+        )
     if version > len(_MIGRATIONS):
         raise StorageError(
             f"{path} was written by a newer batchrun (ledger version {version}, this one knows "

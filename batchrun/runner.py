@@ -18,7 +18,7 @@ from decimal import Decimal
 from typing import Any, Protocol
 
 from batchrun.budget import Budget
-from batchrun.errors import BatchrunError, BrokenPromiseError, ExitCode, InputError, Promise
+from batchrun.errors import BatchrunError, BrokenPromiseError, ExitCode, InputError, Promise, StorageError
 from batchrun.ledger import Ledger
 from batchrun.ledger_view import Run
 from batchrun.money import NOT_BILLED, from_pico, usd_text
@@ -420,6 +420,8 @@ class _Journal:
             if settlements or intents:
                 self._ledger.commit(self._run, settlements, [intent for intent, _ in intents])
         except Exception as exc:
+            if isinstance(exc, StorageError):
+                self._ledger.make_room()
             for _, committed in intents:
                 if not committed.done():
                     committed.set_exception(exc)

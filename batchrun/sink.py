@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from batchrun.documents import parse_json
 from batchrun.errors import JobError, StorageError
+from batchrun.folders import sync_folder
 
 _GROUP_ROWS = 65_536
 _GROUP_BYTES = 32 * 1024 * 1024
@@ -41,7 +42,7 @@ def write_parquet(
         except BaseException:
             beside.unlink(missing_ok=True)
             raise
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except (OSError, pa.ArrowException) as exc:
         raise StorageError(f"the output {path} cannot be written: {exc}; `batchrun export` writes it again") from exc
 
@@ -118,11 +119,3 @@ def _write(fp: Any, schema: pa.Schema, batches: Iterable[pa.RecordBatch], manife
 def _write_group(writer: pq.ParquetWriter, batches: list[pa.RecordBatch], schema: pa.Schema) -> None:
     table = pa.Table.from_batches(batches, schema=schema).unify_dictionaries()
     writer.write_table(table, row_group_size=max(1, table.num_rows))
-
-
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -8,7 +8,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "batchrun"
 
 FLOORS = [
-    {"errors", "usage", "sse", "columns", "uniqueness", "documents"},
+    {"errors", "usage", "sse", "columns", "uniqueness", "documents", "folders"},
     {"money", "providers", "jobfile", "lock", "migrations"},
     {"records", "job", "prices", "projection"},
     {"failures", "ledger_view"},

@@ -177,6 +177,7 @@ def test_two_signals_at_once_are_no_bug(tmp_path: Path) -> None:
             concurrency=2,
             max_attempts=1,
             max_seconds=1,
+            clock=asyncio.get_running_loop().time,
             stop_seconds=1,
         )
         loop = asyncio.get_running_loop()

@@ -1,0 +1,35 @@
+"""What a folder promises: names that survive a power cut, and room on its disk."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+_CHUNK = bytes(1024 * 1024)
+
+
+def fill(path: Path, size: int) -> None:
+    """Make a file that takes up so many bytes of the disk.
+
+    Raises:
+        OSError: there is no such room; what there was is taken up.
+    """
+    if path.exists() and path.stat().st_size >= size:
+        return
+    with path.open("wb") as fp:
+        for start in range(0, size, len(_CHUNK)):
+            fp.write(_CHUNK[: size - start])
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring to the disk which names a folder has.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
