@@ -120,3 +120,11 @@ def _leaves_a_row_out() -> None:
         yield from requests
 
     Plan.pending = fewer  # type: ignore[method-assign]
+
+
+def _renames_before_it_is_synced() -> None:
+    from types import SimpleNamespace
+
+    from batchrun import sink
+
+    sink.os = SimpleNamespace(fsync=lambda fd: None)  # type: ignore[attr-defined]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,15 +9,48 @@ import pytest
 from .conftest import forks
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc to tell which file is synced")
-PARTS = 4
+KINDS = ("capped", "plain", "streamed")
 
 
-def _call(name: str, folder: Path, **arguments: object) -> None:
+def _call(name: str, folder: Path, **arguments: object) -> tuple[int, str]:
     code, _, stderr = forks().function(f"tests.crashes:{name}", folder=str(folder), **arguments)
+    return code, stderr
+
+
+@pytest.mark.parametrize(
+    ("what", "part", "parts"),
+    [("kill", 0, 2), ("kill", 1, 2), ("fail", 0, 3), ("full", 0, 3)],
+)
+def test_broken_off_at_every_step(tmp_path: Path, what: str, part: int, parts: int) -> None:
+    code, stderr = _call("break_off", tmp_path, kind="capped", what=what, part=part, parts=parts)
     assert code == 0, stderr
 
 
-@pytest.mark.parametrize("part", range(PARTS))
-@pytest.mark.parametrize("what", ["kill", "fail", "full"])
-def test_broken_off_at_every_step(tmp_path: Path, what: str, part: int) -> None:
-    _call("break_off", tmp_path, kind="capped", what=what, part=part, parts=PARTS)
+@pytest.mark.parametrize("kind", KINDS[:2])
+def test_a_power_cut_after_a_step(tmp_path: Path, kind: str) -> None:
+    code, stderr = _call("cut_the_power", tmp_path, kind=kind, parts=9)
+    assert code == 0, stderr
+
+
+def test_an_output_that_is_not_synced_before_its_rename_is_seen(tmp_path: Path) -> None:
+    code, stderr = _call(
+        "cut_the_power", tmp_path, kind="plain", parts=1, last=30, defect="renames_before_it_is_synced"
+    )
+    assert code == 1
+    assert "half of an output stands in its place" in stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("what", ["kill", "tear", "fail", "full"])
+def test_broken_off_at_every_step_in_every_way(tmp_path: Path, kind: str, what: str) -> None:
+    code, stderr = _call("break_off", tmp_path, kind=kind, what=what)
+    assert code == 0, stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("part", range(2))
+def test_a_power_cut_after_every_step(tmp_path: Path, kind: str, part: int) -> None:
+    code, stderr = _call("cut_the_power", tmp_path, kind=kind, part=part, parts=2)
+    assert code == 0, stderr
