@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import difflib
-import time
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import httpx
 
 from batchrun.documents import parse_json, sound
-from batchrun.providers import Endpoint, proxy_for
+from batchrun.fetch import Fetched, Fetcher, FetchError
+from batchrun.providers import Endpoint
 
 _SECONDS = 5.0
 _MOST_BYTES = 32 * 1024 * 1024
@@ -22,13 +22,19 @@ def model_advice(endpoint: Endpoint, model: str) -> str | None:
     AI/ML API lists withdrawn models with their successors (`GET /models/deprecations`); all providers list those that
     they have (`GET /models`).
     """
-    with _client(endpoint) as client:
-        for entry in _entries(_fetch(client, endpoint.url("models/deprecations"))):
+    advice = _advice(endpoint, model)
+    # The lists were asked for with the key, and a server may echo it.
+    return endpoint.scrubbed(advice) if advice is not None else None
+
+
+def _advice(endpoint: Endpoint, model: str) -> str | None:
+    with _fetcher(endpoint, endpoint.headers) as fetcher:
+        for entry in _entries(_fetch(fetcher, endpoint.url("models/deprecations"))):
             if model in _names(entry) and entry.get("status") != "deprecated":
                 successor = entry.get("replaced_by")
                 instead = f", use {successor!r}" if isinstance(successor, str) and successor else ""
                 return f"model {model!r} is withdrawn{instead}"
-        known = [name for entry in _entries(_fetch(client, endpoint.url("models"))) for name in _names(entry)]
+        known = [name for entry in _entries(_fetch(fetcher, endpoint.url("models"))) for name in _names(entry)]
     if not known or model in known:
         return None
     # The same model under its vendor's prefix comes before one that is merely spelled alike.
@@ -58,11 +64,15 @@ def price_list(endpoint: Endpoint, etag: str | None) -> PriceList | None:
         url = httpx.URL(endpoint.url("models")).copy_merge_params(dict(endpoint.price_query))
     except httpx.InvalidURL:  # a variable that is not set here
         return None
-    with _client(endpoint, {"If-None-Match": etag} if etag and etag.isascii() and etag.isprintable() else {}) as client:
-        status, body, new_etag = _read(client, str(url))
-    if status == httpx.codes.NOT_MODIFIED and etag is not None:
+    headers = {"If-None-Match": etag} if etag and etag.isascii() and etag.isprintable() else {}
+    with _fetcher(endpoint, headers) as fetcher:
+        fetched = _answer(fetcher, url)
+    if fetched is None:
+        return None
+    if fetched.status == httpx.codes.NOT_MODIFIED and etag is not None:
         return PriceList(True)
-    return PriceList(False, body, new_etag) if status == httpx.codes.OK and _parsed(body) is not None else None
+    is_list = fetched.status == httpx.codes.OK and _parsed(fetched.body) is not None
+    return PriceList(False, fetched.body, fetched.headers.get("etag")) if is_list else None
 
 
 def model_entry(document: bytes, model: str) -> Mapping[str, Any] | None:
@@ -72,14 +82,13 @@ def model_entry(document: bytes, model: str) -> Mapping[str, Any] | None:
     return next((entry for entry in entries if entry.get("id") == model), entries[0] if entries else None)
 
 
-def _client(endpoint: Endpoint, headers: Mapping[str, str] | None = None) -> httpx.Client:
-    sent = dict(endpoint.headers) if headers is None else dict(headers)
-    return httpx.Client(timeout=_SECONDS, headers=sent, trust_env=False, proxy=proxy_for(endpoint.base_url))
+def _fetcher(endpoint: Endpoint, headers: Mapping[str, str]) -> Fetcher:
+    return Fetcher(endpoint.base_url, headers, seconds=_SECONDS, most_bytes=_MOST_BYTES)
 
 
-def _fetch(client: httpx.Client, url: str) -> Any:
-    status, body, _ = _read(client, url)
-    return _parsed(body) if status == httpx.codes.OK else None
+def _fetch(fetcher: Fetcher, url: str) -> Any:
+    fetched = _answer(fetcher, url)
+    return _parsed(fetched.body) if fetched is not None and fetched.status == httpx.codes.OK else None
 
 
 def _parsed(body: bytes) -> Any:
@@ -89,19 +98,11 @@ def _parsed(body: bytes) -> Any:
         return None
 
 
-def _read(client: httpx.Client, url: str) -> tuple[int, bytes, str | None]:
-    """Status, body and ETag; status 0 if no whole answer came."""
-    end = time.monotonic() + _SECONDS
-    body = bytearray()
+def _answer(fetcher: Fetcher, url: httpx.URL | str) -> Fetched | None:
     try:
-        with client.stream("GET", url) as response:
-            for piece in response.iter_bytes():
-                body += piece
-                if len(body) > _MOST_BYTES or time.monotonic() > end:
-                    return 0, b"", None
-            return response.status_code, bytes(body), response.headers.get("etag")
-    except (httpx.HTTPError, httpx.InvalidURL):
-        return 0, b"", None  # advice is worth no error of its own, and a price has other sources
+        return fetcher.get(url)
+    except FetchError:
+        return None  # advice is worth no error of its own, and a price has other sources
 
 
 def _entries(document: Any) -> Iterator[Mapping[str, Any]]:

@@ -7,11 +7,12 @@ most and do nothing here (cookies, redirects, auth). Redirects are therefore nev
 from __future__ import annotations
 
 import asyncio
-import json
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from decimal import Decimal
 from types import TracebackType
+from typing import Any
 
 import aiohttp
 import httpx
@@ -19,15 +20,20 @@ from httpx_aiohttp import AiohttpTransport
 
 from batchrun import __version__
 from batchrun.failures import read_failure, request_id_of
+from batchrun.fetch import tls_context
+from batchrun.inflate import ACCEPTED, Inflater, TooLongError, UnaskedError
 from batchrun.money import LOCAL, NOT_BILLED, UNKNOWN, Cost
 from batchrun.prices import Pricing, is_plausible
 from batchrun.providers import Endpoint, proxy_for
 from batchrun.records import Action, Answer, Exchange, Failure, Intent
+from batchrun.scrub import Scrubber
 from batchrun.wire import AnswerReader
 
 _CONNECT_SECONDS = 10.0
 _KEEPALIVE_SECONDS = 15.0
-_ENCODINGS = ("gzip", "deflate", "identity", "")
+_STOPPED_SECONDS = 1.0
+"""A timer that is so late tells that the process, or the machine, was stopped."""
+_GRACE_SECONDS = 5.0
 _HEADER_BYTES = 64 * 1024
 _MOST_ERROR_BYTES = 1024 * 1024
 
@@ -57,25 +63,22 @@ class ChatSender:
         self._headers = httpx.Headers(
             {
                 "Accept": "text/event-stream" if streamed else "application/json",
-                "Accept-Encoding": "gzip, deflate",
+                "Accept-Encoding": ACCEPTED,
                 "Content-Type": "application/json",
                 "Host": self._url.netloc.decode("ascii"),
                 "User-Agent": f"batchrun/{__version__}",
                 **endpoint.headers,
             }
         )
-        # As they are, and as a JSON document would write them.
-        self._secrets = [
-            form.encode()
-            for secret in endpoint.secrets
-            for form in {secret, json.dumps(secret)[1:-1], secret.replace("/", "\\/")}
-        ]
+        self._scrubber = Scrubber(endpoint.secrets)
         self._timeout_seconds = timeout_seconds
         self._max_bytes = max_response_bytes
         self._streamed = streamed
         self._pricing = pricing
         self._transport = transport or _transport(endpoint.base_url, concurrency)
-        self._extensions = {"timeout": httpx.Timeout(None, connect=min(_CONNECT_SECONDS, timeout_seconds)).as_dict()}
+        # Shorter than the whole: a connection that was never made must be known as such.
+        connect_seconds = min(_CONNECT_SECONDS, 0.9 * timeout_seconds)
+        self._extensions = {"timeout": httpx.Timeout(None, connect=connect_seconds).as_dict()}
 
     async def __aenter__(self) -> ChatSender:
         return self
@@ -94,10 +97,12 @@ class ChatSender:
         request = httpx.Request("POST", self._url, headers=headers, content=body, extensions=self._extensions)
         reception = _Reception(asyncio.get_running_loop().time())
         try:
-            async with asyncio.timeout(self._timeout_seconds):
+            async with _timeout(self._timeout_seconds):
                 response = await self._transport.handle_async_request(request)
                 reception.status = response.status_code
-                reception.headers = {name.lower(): self._scrub_text(value) for name, value in response.headers.items()}
+                reception.headers = {
+                    name.lower(): self._scrubber.text(value) for name, value in response.headers.items()
+                }
                 try:
                     await self._receive(response, reception)
                 finally:
@@ -115,20 +120,20 @@ class ChatSender:
         return self._exchange(reception, intent.sent_at)
 
     async def _receive(self, response: httpx.Response, reception: _Reception) -> None:
-        encoding = reception.headers.get("content-encoding", "").lower().strip()
         is_success = 200 <= response.status_code < 300
         most = self._max_bytes if is_success else min(self._max_bytes, _MOST_ERROR_BYTES)
         if is_success:
             reception.reader = self._reader(reception)
-        if encoding not in _ENCODINGS:
-            reception.broke = Failure(
-                "malformed", Action.RETRY, f"the answer's encoding {encoding[:40]!r} was not asked for"
-            )
+        try:
+            inflater = Inflater(reception.headers.get("content-encoding", ""), most)
+        except UnaskedError as exc:
+            reception.broke = Failure("malformed", Action.RETRY, str(exc))
             return
-        size = 0
-        async for piece in response.aiter_bytes():
-            size += len(piece)
-            if size > most:
+        assert isinstance(response.stream, httpx.AsyncByteStream)
+        async for packed in response.stream:
+            try:
+                piece = inflater.feed(packed)
+            except TooLongError:
                 reception.broke = Failure(
                     "malformed", Action.REJECT, f"the answer is longer than max_response_bytes ({most})"
                 ) if is_success else None  # fmt: skip
@@ -144,7 +149,7 @@ class ChatSender:
 
     def _exchange(self, reception: _Reception, sent_at: int) -> Exchange:
         received = b"".join(reception.pieces)
-        raw = self._scrubbed(received)
+        raw = self._scrubber.raw(received)
         latency = asyncio.get_running_loop().time() - reception.started
         first = reception.first_token
         base = Exchange(
@@ -165,7 +170,7 @@ class ChatSender:
         reader = reception.reader
         if reader is None:
             # An HTTP error answer is not billed, even if the connection broke while it came.
-            failure = read_failure(reception.status, reception.headers, raw)
+            failure = self._scrubbed(read_failure(reception.status, reception.headers, raw))
             asked = base.request_id or failure.request_id
             return replace(base, outcome="failed", failure=failure, cost=NOT_BILLED, request_id=asked)
         if raw != received:
@@ -176,6 +181,11 @@ class ChatSender:
         result = reader.close(reception.broke)
         if isinstance(result, Answer):
             estimate = self._pricing.usd(result.usage, sent_at)
+            if self._scrubber.is_in(_texts_of(result)):
+                return replace(
+                    base, body=b"", outcome="failed", failure=_TOLD_SECRET, usage=result.usage,
+                    cost=self._cost(result, estimate),
+                )  # fmt: skip
             return replace(
                 base,
                 outcome="ok",
@@ -189,7 +199,7 @@ class ChatSender:
         return replace(
             base,
             outcome="unknown" if never_came else "failed",
-            failure=result,
+            failure=self._scrubbed(result),
             usage=reader.usage,
             cost=self._failed_cost(reader),
             request_id=base.request_id or result.request_id,
@@ -226,7 +236,7 @@ class ChatSender:
     def _broken(self, exc: Exception, kind: str) -> Failure:
         """A connection that failed. Only one that was never made is known to have cost nothing."""
         cause = exc.__cause__ or exc
-        message = self._scrub_text(f"{type(cause).__name__}: {cause}".rstrip(": "))
+        message = self._scrubber.text(f"{type(cause).__name__}: {cause}".rstrip(": "))
         if isinstance(cause, (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)) or (
             isinstance(exc, (httpx.ConnectError, httpx.ConnectTimeout)) and exc.__cause__ is None
         ):
@@ -237,14 +247,25 @@ class ChatSender:
             kind = "disconnect"  # which the transport calls a ConnectTimeout
         return Failure(kind, Action.RETRY, message)
 
-    def _scrubbed(self, raw: bytes) -> bytes:
-        """A server may echo the key, in an error above all; it must not reach the ledger."""
-        for secret in self._secrets:
-            raw = raw.replace(secret, b"[secret]")
-        return raw
+    def _scrubbed(self, failure: Failure) -> Failure:
+        """What is decoded can hold what the bytes do not show."""
+        texts = [failure.message, failure.code, failure.upstream_type, failure.request_id]
+        if not self._scrubber.is_in(texts):
+            return failure
+        message, *others = (self._scrubber.text(text) if text else text for text in texts)
+        return replace(failure, message=message or "", code=others[0], upstream_type=others[1], request_id=others[2])
 
-    def _scrub_text(self, text: str) -> str:
-        return self._scrubbed(text.encode("utf-8", "replace")).decode("utf-8") if self._secrets else text
+
+_TOLD_SECRET = Failure("malformed", Action.REJECT, "the answer spells out a secret of this job, and was not kept")
+
+
+def _texts_of(answer: Answer) -> Iterator[str | None]:
+    yield from (answer.text, answer.reasoning, answer.model, answer.answer_id, answer.finish_reason_raw)
+    for call in answer.tool_calls:
+        function = call["function"]
+        yield call["id"] if isinstance(call["id"], str) else None
+        if isinstance(function, dict):
+            yield from function.values()
 
 
 class _Reception:
@@ -260,15 +281,59 @@ class _Reception:
         self.broke: Failure | None = None
 
 
+@asynccontextmanager
+async def _timeout(seconds: float) -> AsyncIterator[None]:
+    """As `asyncio.timeout`, but a process that was stopped meanwhile first reads what has come.
+
+    Raises:
+        TimeoutError: the time is over.
+    """
+    loop = asyncio.get_running_loop()
+    async with asyncio.timeout(None) as limit:
+
+        def expire(due: float) -> None:
+            if loop.time() - due < _STOPPED_SECONDS:
+                limit.reschedule(loop.time())
+            else:
+                again = loop.time() + min(seconds, _GRACE_SECONDS)
+                pending[0] = loop.call_at(again, expire, again)
+
+        due = loop.time() + seconds
+        pending = [loop.call_at(due, expire, due)]
+        try:
+            yield
+        finally:
+            pending[0].cancel()
+
+
+class _Connector(aiohttp.TCPConnector):
+    async def _get(self, key: Any, traces: Any) -> Any:
+        """A free connection, but none on which something came that nobody had asked for: it is no answer to us."""
+        while (connection := await super()._get(key, traces)) is not None:
+            if connection.protocol is None or not connection.protocol.should_close:
+                break
+            connection.close()
+        return connection
+
+
+class _Response(aiohttp.ClientResponse):
+    async def start(self, connection: Any) -> _Response:
+        """Read the head; its reason phrase is anybody's bytes, and says nothing."""
+        await super().start(connection)
+        self.reason = None
+        return self
+
+
 def _transport(base_url: str, concurrency: int) -> AiohttpTransport:
-    context = httpx.create_ssl_context()
+    context = tls_context()
     proxy = proxy_for(base_url)
 
     def session() -> aiohttp.ClientSession:
         return aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=concurrency, keepalive_timeout=_KEEPALIVE_SECONDS, ssl=context),
+            connector=_Connector(limit=concurrency, keepalive_timeout=_KEEPALIVE_SECONDS, ssl=context),
             cookie_jar=aiohttp.DummyCookieJar(),
             timeout=aiohttp.ClientTimeout(total=None),
+            response_class=_Response,
             max_line_size=_HEADER_BYTES,
             max_field_size=_HEADER_BYTES,
             trust_env=False,  # it would send what a .netrc holds, and ask a proxy for this very machine

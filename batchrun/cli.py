@@ -15,7 +15,7 @@ from typing import Any, NoReturn, TextIO
 import click
 
 from batchrun import __version__
-from batchrun.errors import BatchrunError, ExitCode
+from batchrun.errors import BatchrunError, ExitCode, StorageError
 
 # Whatever takes long to import is imported by the command that needs it: `--help` and a refused job are instant.
 
@@ -122,7 +122,7 @@ def check(job: Path, rows: int, offline: bool, as_json: bool) -> None:
     preview = check(load_job(job), os.environ, samples=rows, is_offline=offline)
     for warning in preview.warnings:
         _say(f"warning: {warning}")
-    click.echo(preview.to_json() if as_json else "\n".join(preview.lines()))
+    _print(preview.to_json() if as_json else "\n".join(preview.lines()))
     if preview.rows and preview.fault_count == preview.rows:
         sys.exit(ExitCode.ROWS_FAILED)
 
@@ -185,7 +185,7 @@ def reconcile(job: Path, settle_after: float, as_json: bool) -> None:
     for line in found.report():
         _say(line)
     if as_json:
-        click.echo(found.to_json())
+        _print(found.to_json())
     sys.exit(found.exit_code)
 
 
@@ -202,7 +202,7 @@ def verify(job: Path, as_json: bool) -> None:
         from batchrun.verify import verify
 
         verdict = verify(loaded)
-    click.echo(verdict.to_json() if as_json else "\n".join(verdict.lines()))
+    _print(verdict.to_json() if as_json else "\n".join(verdict.lines()))
     sys.exit(ExitCode.ROWS_FAILED if verdict.wrong else ExitCode.OK)
 
 
@@ -214,7 +214,7 @@ def init(data: Path, output: Path | None) -> None:
     from batchrun.starter import write_starter
 
     default = data.parent / f"{data.name.split('.')[0] or 'job'}.yaml"
-    click.echo(str(write_starter(data, output or default)))
+    _print(str(write_starter(data, output or default)))
 
 
 @cli.command()
@@ -224,12 +224,13 @@ def schema() -> None:
 
     from batchrun.job import json_schema
 
-    click.echo(json.dumps(json_schema(), indent=2, ensure_ascii=False))
+    _print(json.dumps(json_schema(), indent=2, ensure_ascii=False))
 
 
 def main() -> None:
     """Entry point: runs a command and turns errors into messages and exit codes."""
     signal.signal(signal.SIGTERM, _terminated)
+    _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -250,7 +251,7 @@ def main() -> None:
         _say(str(exc))
         _leave(exc.exit_code)
     except OSError as exc:
-        _say(f"stdout cannot be written: {exc.strerror or exc}")
+        _say(f"{exc.filename}: {exc.strerror}" if exc.filename else str(exc))
         _leave(ExitCode.STORAGE)
     except Exception:  # noqa: BLE001 - whatever is left is a bug, and must not look like failed rows
         import traceback
@@ -259,6 +260,16 @@ def main() -> None:
         _say(f"this is a bug in batchrun {__version__}: please report it with the lines above, and keep the ledger")
         _leave(ExitCode.BUG)
     _leave(code if isinstance(code, int) else ExitCode.OK)
+
+
+def _open_closed_streams() -> None:
+    """cron and daemons may close them; the next file to be opened must not take their numbers."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(fd)
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("r" if name == "stdin" else "w", encoding="utf-8"))
 
 
 def _leave(code: int) -> NoReturn:
@@ -273,15 +284,28 @@ def _is_flushed(stream: TextIO) -> bool:
     try:
         stream.flush()
     except OSError:
-        # What could not be written would be tried again at the very end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        _mute(stream)
         return False
     return True
+
+
+def _mute(stream: TextIO) -> None:
+    """What could not be written would be tried again at the very end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _terminated(number: int, frame: Any) -> None:
     """SIGTERM outside of the sending: leave through the `finally`s."""
     sys.exit(ExitCode.TERMINATED)
+
+
+def _print(data: str) -> None:
+    try:
+        click.echo(data)
+    except BrokenPipeError:
+        _mute(sys.stdout)  # whoever read it has seen enough
+    except OSError as exc:
+        raise StorageError(f"stdout cannot be written: {exc.strerror or exc}") from exc
 
 
 def _say(line: str) -> None:
@@ -299,4 +323,4 @@ def _show(summary: Any, as_json: bool, quiet: bool) -> None:
         for line in summary.lines():
             _say(line)
     if as_json:
-        click.echo(summary.to_json())
+        _print(summary.to_json())

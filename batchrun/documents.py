@@ -6,6 +6,9 @@ import json
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
+_MOST_VALUES = 2_000_000
+"""Of one document. Each takes up to a hundred bytes of memory, and as little as two of the text."""
+
 
 def parse_json(raw: bytes | str) -> Any:
     """JSON with exact decimals; NaN, infinities and numbers beyond all bounds are null.
@@ -17,6 +20,8 @@ def parse_json(raw: bytes | str) -> Any:
     {'a': Decimal('0.10'), 'b': None}
     """
     text = raw.decode("utf-8", errors="replace") if isinstance(raw, bytes) else raw
+    if len(text) > _MOST_VALUES and text.count(",") + text.count("[") + text.count("{") > _MOST_VALUES:
+        raise ValueError(f"more than {_MOST_VALUES} values")
     try:
         return json.loads(text.lstrip("\ufeff \t\r\n\x00"), parse_float=_decimal, parse_constant=_nothing)
     except RecursionError:

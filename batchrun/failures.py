@@ -18,6 +18,7 @@ from batchrun.documents import parse_json, sound, unwrapped
 from batchrun.records import Action, Failure
 
 _MESSAGE_LENGTH = 500
+_READ_FOR_WAITS = 4000
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 _NO_CREDIT = re.compile(
@@ -339,6 +340,7 @@ def _status_of_words(message: str) -> int:
 # --- how long to wait ---------------------------------------------------------------------------------------
 
 _DURATION_PART = re.compile(r"(\d+(?:\.\d+)?)(ms|us|µs|ns|h|m|s|d)")
+_LONGEST_DURATION = 40
 _SECONDS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _TOLD = re.compile(
     r"(?:retry|try again|retrying)\s+(?:after|in)\s+((?:\d+(?:\.\d+)?\s*(?:ms|milliseconds?|hours?|minutes?|seconds?"
@@ -349,6 +351,8 @@ _TOLD = re.compile(
 
 def _duration(text: str) -> float | None:
     """Seconds of a Go-style duration such as `6m0s` or `12ms`."""
+    if len(text) > _LONGEST_DURATION:
+        return None
     parts = _DURATION_PART.findall(text)
     if not parts or "".join(f"{number}{unit}" for number, unit in parts) != text:
         return None
@@ -361,7 +365,7 @@ def _told_in_body(error: Mapping[str, Any], message: str) -> float | None:
         delay = item.get("retryDelay") if isinstance(item, Mapping) else None
         if isinstance(delay, str) and (seconds := _duration(delay)) is not None:
             return seconds
-    told = _TOLD.search(message)
+    told = _TOLD.search(message[:_READ_FOR_WAITS])
     if told is None:
         return None
     words = re.sub(r"\s+", "", told[1].lower())

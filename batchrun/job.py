@@ -36,6 +36,7 @@ _REFUSED_PARAMETERS = {
     "stream_options": "`provider: {include_usage: …}`",
     "n": "the key `samples` of the job",
 }
+_MOST_BYTES = 2_000_000
 _NOT_YET = "not yet supported"
 
 
@@ -381,6 +382,10 @@ def load_job(path: Path) -> Job:
         raise JobError(f"{path} is data, not a job: `batchrun init {path}` writes a job for it")
     try:
         str(path).encode()
+        if path.exists() and not path.is_file():
+            raise JobError(f"{path}: a job is a file")
+        if path.stat().st_size > _MOST_BYTES:
+            raise JobError(f"{path}: longer than {_MOST_BYTES} bytes: put data into the input")
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise JobError(f"{path}: there is no such job file") from None

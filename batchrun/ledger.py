@@ -38,6 +38,7 @@ from batchrun.ledger_view import (
     seal,
     storage,
 )
+from batchrun.lock import lock_path
 from batchrun.migrations import create_tables, migrate
 from batchrun.money import to_pico
 from batchrun.records import (
@@ -67,8 +68,7 @@ class Ledger(LedgerView):
 
     def __init__(self, connection: sqlite3.Connection, path: Path) -> None:
         super().__init__(connection, path)
-        status = path.stat()
-        self._file = (status.st_dev, status.st_ino)
+        self._files = {file: _identity(file) for file in (path, lock_path(path)) if file.exists()}
         self._reserve = path.with_name(f"{path.name}.reserve")
         self._next_attempt = 1 + (self._value("SELECT max(attempt_id) FROM attempt") or 0)
         self._compressor = zstandard.ZstdCompressor(level=3)
@@ -292,6 +292,7 @@ class Ledger(LedgerView):
         with self._transaction():
             if settled:
                 if self._db.executemany(_SETTLE, settled).rowcount != len(settled):
+                    self._refuse_replaced()  # another process has settled them, and may be at work
                     raise BrokenPromiseError(
                         Promise.INTENT_FIRST, "an answer belongs to no attempt that is in flight", self.path
                     )
@@ -422,13 +423,17 @@ class Ledger(LedgerView):
         )
 
     def _refuse_replaced(self) -> None:
-        """What is written to a file that has been deleted or replaced is lost with this process."""
-        try:
-            status = self.path.stat()
-        except OSError as exc:
-            raise StorageError(f"the ledger {self.path} has gone while the run went on: {exc.strerror}") from exc
-        if (status.st_dev, status.st_ino) != self._file:
-            raise StorageError(f"the ledger {self.path} has been replaced while the run went on")
+        """What is written to a file that has been deleted or replaced is lost with this process.
+
+        And without its lock file nothing keeps another process away.
+        """
+        for file, identity in self._files.items():
+            try:
+                now = _identity(file)
+            except OSError as exc:
+                raise StorageError(f"{file} has gone while the run went on: {exc.strerror}") from exc
+            if now != identity:
+                raise StorageError(f"{file} has been replaced while the run went on")
 
     def _own(self, job_name: str, job_path: Path, adopt: bool) -> None:
         """Refuse a ledger that is another job's. The path is kept relative: a moved project keeps its ledgers."""
@@ -556,6 +561,11 @@ def _create(path: Path) -> None:
         beside.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_dev, status.st_ino
 
 
 def _wal(path: Path) -> Path:

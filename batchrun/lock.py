@@ -15,6 +15,11 @@ from filelock import FileLock, Timeout
 from batchrun.errors import LedgerHeldError, StorageError
 
 
+def lock_path(ledger: Path) -> Path:
+    """The lock file of a ledger."""
+    return ledger.with_name(f"{ledger.name}.lock")
+
+
 @contextmanager
 def held(ledger: Path) -> Iterator[None]:
     """Hold the lock of a ledger.
@@ -25,7 +30,7 @@ def held(ledger: Path) -> Iterator[None]:
         LedgerHeldError: another process holds it; the message says which.
         StorageError: this disk grants no locks.
     """
-    path = ledger.with_name(f"{ledger.name}.lock")
+    path = lock_path(ledger)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path, mode=0o600, fallback_to_soft=False)

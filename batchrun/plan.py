@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -80,10 +81,10 @@ class Plan:
         path = self.job.resolve(self.job.output.path.format(run_id=run.run_id, date=started.strftime("%Y-%m-%d")))
         taken = {
             **dict.fromkeys(self.source.paths, "the input"),
-            self.job.ledger_path.resolve(): "the ledger",
-            self.job.path.resolve(): "the job file",
+            _real(self.job.ledger_path): "the ledger",
+            _real(self.job.path): "the job file",
         }
-        if (other := taken.get(path.resolve())) is not None or self.source.would_read(path):
+        if (other := taken.get(_real(path))) is not None or self.source.would_read(path):
             raise JobError(f"output: {path} is {other or 'part of the input'} too: name another file")
         return path
 
@@ -162,6 +163,11 @@ class Plan:
         if self.source.is_own_output:
             mend += f", or drop them by input: {{columns: {{{doubled[0]}: null, …}}}}"
         raise JobError(f"the input has columns named like results ({', '.join(doubled)}): {mend}")
+
+
+def _real(path: Path) -> Path:
+    """Where links lead; unlike `Path.resolve`, also for those that lead round in a circle."""
+    return Path(os.path.realpath(path))
 
 
 def _is_wanted(state: SlotState | None, retry_failed: bool) -> bool:

@@ -29,12 +29,17 @@ from tenacity.stop import stop_base
 from batchrun.documents import parse_json, sound
 from batchrun.errors import ProviderError
 from batchrun.failures import parse_retry_after
+from batchrun.fetch import Fetcher, FetchError
 from batchrun.money import usd_from_credits, usd_from_wire
-from batchrun.providers import Endpoint, proxy_for
+from batchrun.providers import Endpoint
 from batchrun.usage import count
 
 _PAGE = 100
-_TIMEOUT = httpx.Timeout(60.0, connect=10.0)
+_SECONDS = 60.0
+"""For one page."""
+_MOST_BYTES = 8 * 1024 * 1024
+_MOST_LINES = 10_000_000
+"""Of a window; at 200 calls a minute they take more than eight hours."""
 _ATTEMPTS = 5
 """Of one page, if the provider is in trouble or cannot be reached."""
 _PATIENCE = 600.0
@@ -86,13 +91,12 @@ def read_log(
         ProviderError: a page could not be had, so that lines may be missing: nothing must be concluded.
     """
     url = httpx.URL(re.sub(r"/v1$", "", endpoint.base_url.rstrip("/")) + "/v2/logs")
-    proxy = proxy_for(endpoint.base_url)
-    with httpx.Client(timeout=_TIMEOUT, headers=dict(endpoint.headers), trust_env=False, proxy=proxy) as client:
+    with Fetcher(endpoint.base_url, endpoint.headers, seconds=_SECONDS, most_bytes=_MOST_BYTES) as fetcher:
         offset = 0
         earlier: list[Any] = []
         while True:
             query: dict[str, str | int] = {"start": _iso(start), "end": _iso(end), "limit": _PAGE, "offset": offset}
-            document = _page(client, url.copy_merge_params(query), endpoint)
+            document = _page(fetcher, url.copy_merge_params(query), endpoint)
             lines, pagination = document.get("data"), document.get("pagination")
             if not isinstance(lines, list) or not isinstance(pagination, Mapping):
                 raise ProviderError(f"{url} answers in a form that is not known; nothing was changed")
@@ -105,6 +109,11 @@ def read_log(
             offset += len(lines)
             on_page(offset)
             total = count(pagination.get("total"))
+            if max(offset, total or 0) > _MOST_LINES:
+                raise ProviderError(
+                    f"{url} says that it has {max(offset, total or 0)} lines, and more than {_MOST_LINES} cannot be "
+                    "read; nothing was changed"
+                )
             is_full = len(lines) >= (count(pagination.get("limit")) or _PAGE)
             has_more = pagination.get("has_more", is_full if total is None else False)
             if not has_more and (total is None or offset >= total):
@@ -113,7 +122,7 @@ def read_log(
                 raise ProviderError(f"{url} ends before its end (at line {offset}); nothing was changed")
 
 
-def _page(client: httpx.Client, url: httpx.URL, endpoint: Endpoint) -> Mapping[str, Any]:
+def _page(fetcher: Fetcher, url: httpx.URL, endpoint: Endpoint) -> Mapping[str, Any]:
     policy = Retrying(
         retry=retry_if_exception_type(_TryAgainError),
         wait=_told_or_backoff,
@@ -121,7 +130,7 @@ def _page(client: httpx.Client, url: httpx.URL, endpoint: Endpoint) -> Mapping[s
         reraise=True,
     )
     try:
-        document: Mapping[str, Any] = policy(_get, client, url, endpoint)
+        document: Mapping[str, Any] = policy(_get, fetcher, url, endpoint)
     except _TryAgainError as exc:
         raise ProviderError(f"the provider's log cannot be read to its end: {exc}; nothing was changed") from exc
     return document
@@ -144,21 +153,21 @@ def _error_of(state: RetryCallState) -> BaseException | None:
     return state.outcome.exception() if state.outcome is not None else None
 
 
-def _get(client: httpx.Client, url: httpx.URL, endpoint: Endpoint) -> Mapping[str, Any]:
+def _get(fetcher: Fetcher, url: httpx.URL, endpoint: Endpoint) -> Mapping[str, Any]:
     try:
-        response = client.get(url)
-    except httpx.HTTPError as exc:
-        raise _TryAgainError(f"{type(exc).__name__}: {exc}") from exc
-    if response.status_code == 429:
-        raise _TooManyError(parse_retry_after(response.headers.get("retry-after", "")))
-    if response.status_code >= 500:
-        raise _TryAgainError(f"it answers {response.status_code}")
-    if response.status_code != 200:
-        said = endpoint.scrubbed(sound(response.text[:1000]))[:200]
-        raise ProviderError(f"the provider's log answers {response.status_code}: {said}; nothing was changed")
-    _refuse_skew(response.headers.get("date"))
+        fetched = fetcher.get(url)
+    except FetchError as exc:
+        raise _TryAgainError(endpoint.scrubbed(str(exc))) from exc
+    if fetched.status == 429:
+        raise _TooManyError(parse_retry_after(fetched.headers.get("retry-after", "")))
+    if fetched.status >= 500:
+        raise _TryAgainError(f"it answers {fetched.status}")
+    if fetched.status != 200:
+        said = endpoint.scrubbed(sound(fetched.body[:1000].decode("utf-8", "replace")))[:200]
+        raise ProviderError(f"the provider's log answers {fetched.status}: {said}; nothing was changed")
+    _refuse_skew(fetched.headers.get("date"))
     try:
-        document = parse_json(response.content)
+        document = parse_json(fetched.body)
     except ValueError as exc:
         raise _TryAgainError(f"it answers no JSON ({exc})") from exc
     return document if isinstance(document, Mapping) else {}
@@ -168,7 +177,7 @@ def _refuse_skew(date: str | None) -> None:
     """With clocks apart, the window would not hold what was sent in it."""
     try:
         theirs = parsedate_to_datetime(date or "")
-    except ValueError:
+    except (ValueError, OverflowError):
         return
     skew = theirs.replace(tzinfo=theirs.tzinfo or UTC) - datetime.now(UTC)
     if abs(skew) > _MOST_SKEW:

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from batchrun.errors import JobError, MissingHereError
+from batchrun.scrub import Scrubber
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +81,7 @@ class Endpoint:
 
     def scrubbed(self, text: str) -> str:
         """Text of a server without the secrets that it may echo."""
-        for secret in self.secrets:
-            text = text.replace(secret, "[secret]")
-        return text
+        return Scrubber(self.secrets).text(text)
 
     def url(self, path: str) -> str:
         """An address below the base; a query of the base stays at its end."""

@@ -34,6 +34,9 @@ _DURABLE_GAP = 0.01
 """Seconds between commits that each wait for the disk."""
 _FIRST = 20
 """Attempts or rows that must not all fail alike at the start of a run."""
+_WALLS = 3
+"""Rows in a row that are told to wait for longer than they may."""
+_WALL_PAUSE = 1.0
 _SHORTEST_OUTAGE = 60.0
 _ROWS_OWN = ("bad_request", "not_found", "forbidden", "redirect", "malformed", "timeout", "disconnect")
 
@@ -280,8 +283,12 @@ class Runner:
                     heapq.heappush(self._waiting, work)
                     return False, None
                 if is_providers_fault(failure) and not self._health.has_answered_since(work.started):
-                    # No row fares better: more of them would only be used up against the same wall.
-                    return False, _unavailable(failure)
+                    if self._health.note_wall() >= _WALLS:
+                        # No row fares better: more of them would only be used up against the same wall.
+                        return False, _unavailable(failure)
+                    work.due, work.order = self._clock() + _WALL_PAUSE, next(self._order)
+                    heapq.heappush(self._waiting, work)
+                    return False, None
                 return True, None
 
     def _fail(self, exc: Exception) -> None:
@@ -457,6 +464,7 @@ class _Health:
         self._max_seconds = max_seconds
         self._last_success = now
         self._failed_since = 0
+        self._walls = 0
         self._refused_in_a_row = 0
         self._attempts = 0
         self._only_unreachable = True
@@ -473,6 +481,7 @@ class _Health:
                 self._rejected.add("")
             self._settled_rows += 1
             self._last_success, self._failed_since, self._only_unreachable = now, 0, False
+            self._walls = 0
             self._refused_in_a_row = 0
             return None
         self._failed_since += 1
@@ -487,6 +496,11 @@ class _Health:
         if self._failed_since > 1 and silence >= max(self._max_seconds, _SHORTEST_OUTAGE):
             return Stop(ExitCode.PROVIDER, "outage", f"no answer for {silence:.0f} s: {failure}; run again later")
         return None
+
+    def note_wall(self) -> int:
+        """Take a row that may not wait for as long as it is told; how many there were since the last answer."""
+        self._walls += 1
+        return self._walls
 
     def has_answered_since(self, moment: float | None) -> bool:
         """True if any row was answered or refused after a moment by the clock."""

@@ -77,13 +77,15 @@ def check_writable(path: Path, job_name: str | None) -> None:
     probe = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            raise StorageError(f"the output {path} is a folder: name a file")
+        for place in (path, probe):
+            if place.exists() and not place.is_file():
+                what = "a folder" if place.is_dir() else "no file"
+                raise StorageError(f"the output {place} is {what}: name another file, or remove it")
         probe.open("wb").close()
         probe.unlink()
         writer = (manifest_of(path) or {}).get("job")
-    except OSError as exc:
-        raise StorageError(f"the output {path} cannot be written: {exc.strerror or exc}") from exc
+    except (OSError, RuntimeError) as exc:  # the latter for links that lead round in a circle
+        raise StorageError(f"the output {path} cannot be written: {getattr(exc, 'strerror', None) or exc}") from exc
     if job_name is not None and writer not in (None, job_name):
         raise JobError(
             f"the output {path} is that of the job {writer!r}: name another output; or, if this is that job under a "
@@ -95,7 +97,7 @@ def manifest_of(path: Path) -> dict[str, Any] | None:
     """The manifest of a file, amounts as exact decimals; None if there is no such file, or it is not batchrun's."""
     try:
         manifest = parse_json((pq.read_metadata(path).metadata or {})[MANIFEST_KEY.encode()])
-    except (FileNotFoundError, pa.ArrowException, KeyError, ValueError):
+    except (OSError, pa.ArrowException, KeyError, ValueError):
         return None
     return manifest if isinstance(manifest, dict) else None
 

@@ -37,6 +37,8 @@ class EventParser:
         self._at_start = True
         self._name = ""
         self._data: list[str] = []
+        self._is_whole: bool | None = None
+        """Whether the first line of data is complete on its own; None if that was not looked at yet."""
 
     def feed(self, raw: bytes) -> list[Event]:
         """Take the next bytes; return the events that they complete."""
@@ -83,18 +85,26 @@ class EventParser:
             value = value.removeprefix(" ")
         if name == "data":
             # One newline between events instead of two: what is complete on its own is an event of its own.
-            if len(self._data) == 1 and _is_complete(self._data[0]):
+            if self._has_whole_line():
                 self._dispatch(events)
             self._data.append(value)
         elif name == "event":
-            if len(self._data) == 1 and _is_complete(self._data[0]):
+            if self._has_whole_line():
                 self._dispatch(events)
             self._name = value
+
+    def _has_whole_line(self) -> bool:
+        if len(self._data) != 1:
+            return False
+        if self._is_whole is None:
+            self._is_whole = _is_complete(self._data[0])
+        return self._is_whole
 
     def _dispatch(self, events: list[Event]) -> None:
         if self._data:
             events.append(Event(self._name, "\n".join(self._data)))
         self._data = []
+        self._is_whole = None
         self._name = ""
 
 

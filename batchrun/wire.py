@@ -28,6 +28,10 @@ _FINISH = {
 }  # fmt: skip
 
 
+_MOST_TOOL_CALLS = 10_000
+_READ_AT_ONCE = 64 * 1024
+
+
 def normalise_finish(raw: str | None) -> str:
     """A provider's finish reason in the common words; an unknown one stays as it is.
 
@@ -183,14 +187,19 @@ class AnswerReader:
         if self._events is None:
             self._head.append(raw)
         else:
-            self._take(self._events.feed(raw))
+            self._feed_events(self._events, raw)
+
+    def _feed_events(self, events: EventParser, raw: bytes) -> None:
+        # Not all at once: of a few bytes each, the events of a whole answer would fill the memory.
+        for start in range(0, len(raw), _READ_AT_ONCE):
+            self._take(events.feed(raw[start : start + _READ_AT_ONCE]))
 
     def close(self, error: Failure | None = None) -> Answer | Failure:
         """The end of the answer. `error`: the connection broke; what had come may still be whole."""
         if self._events is None:
             return self._close_document(error)
         if self._head:
-            self._take(self._events.feed(b"".join(self._head)))
+            self._feed_events(self._events, b"".join(self._head))
         if not self.is_done:
             self._take(self._events.close())
         merged = self._merged
@@ -341,7 +350,7 @@ def _reported(
 
 
 def _sound_tool(call: dict[str, Any]) -> dict[str, object]:
-    function = {name: sound(value) for name, value in call["function"].items()}
+    function = {"name": sound(call["name"]), "arguments": sound("".join(call["arguments"]))}
     return {"id": call["id"] and sound(call["id"]), "type": sound(call["type"]), "function": function}
 
 
@@ -362,10 +371,11 @@ class _Merged:
         self.tools: dict[int, dict[str, Any]] = {}
         self.has_choice = False
         self.has_any = False
+        self._has_text = False
 
     @property
     def has_content(self) -> bool:
-        return bool(self.content and any(self.content)) or bool(self.reasoning) or bool(self.tools)
+        return self._has_text or bool(self.reasoning) or bool(self.tools)
 
     def fail(self, failure: Failure) -> None:
         """The first error of an answer is its result."""
@@ -476,7 +486,10 @@ class _Merged:
     def _take_tool_call(self, position: int, call: Mapping[str, Any]) -> None:
         index = call.get("index")
         index = index if isinstance(index, int) and not isinstance(index, bool) else position
-        tool = self.tools.setdefault(index, {"id": None, "type": "function", "function": {"name": "", "arguments": ""}})
+        if index not in self.tools and len(self.tools) >= _MOST_TOOL_CALLS:
+            self.fail(Failure("malformed", Action.REJECT, f"the answer has more than {_MOST_TOOL_CALLS} tool calls"))
+            return
+        tool = self.tools.setdefault(index, {"id": None, "type": "function", "name": "", "arguments": []})
         if isinstance(call.get("id"), str) and call["id"]:
             tool["id"] = call["id"]
         if isinstance(call.get("type"), str):
@@ -484,17 +497,18 @@ class _Merged:
         function = call.get("function")
         if isinstance(function, Mapping):
             if isinstance(name := function.get("name"), str) and name:
-                tool["function"]["name"] = name
+                tool["name"] = name
             arguments = function.get("arguments")
             if isinstance(arguments, str):
-                tool["function"]["arguments"] += arguments
+                tool["arguments"].append(arguments)
             elif arguments is not None:
-                tool["function"]["arguments"] += json.dumps(arguments, ensure_ascii=False, default=float)
+                tool["arguments"].append(json.dumps(arguments, ensure_ascii=False, default=float))
 
     def _say(self, text: str) -> None:
         if self.content is None:
             self.content = []
         self.content.append(text)
+        self._has_text = self._has_text or bool(text)
 
 
 def _first_choice(choices: Sequence[object]) -> Mapping[str, Any] | None:

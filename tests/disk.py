@@ -269,9 +269,9 @@ def _fail_in_python(what: str, path: str) -> None:
 def lay_out(steps: list[tuple[Any, ...]], folder: Path, chance: random.Random, keep: str) -> None:
     """What is on the disk when the power goes after these steps.
 
-    What was synced is there. Of what was written to a file since: nothing (`keep` is "none"), all ("all"), or some of it,
-    the last in half ("some"). A rename, a deletion and a creation are there as soon as they were asked for, which may be
-    before what was written: so the file systems of the day do it.
+    What was synced is there. Of what was written to a file since: nothing (`keep` is "none"), all ("all"), or some of
+    it, the last in half ("some"). A rename, a deletion and a creation are there as soon as they were asked for, which
+    may be before what was written: so the file systems of the day do it.
     """
     durable: dict[str, bytearray] = {}
     pending: dict[str, list[tuple[Any, ...]]] = {}

@@ -8,9 +8,9 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "batchrun"
 
 FLOORS = [
-    {"errors", "usage", "sse", "columns", "uniqueness", "documents", "folders"},
+    {"errors", "usage", "sse", "columns", "uniqueness", "documents", "folders", "inflate", "scrub"},
     {"money", "providers", "jobfile", "lock", "migrations"},
-    {"records", "job", "prices", "projection"},
+    {"records", "job", "prices", "projection", "fetch"},
     {"failures", "ledger_view"},
     {"wire", "accounts"},
     {
@@ -69,7 +69,8 @@ def test_imports_point_down() -> None:
 
 def test_only_one_room_knows_each_outside_thing() -> None:
     owners = {
-        "httpx": {"chat", "catalog", "provider_log"}, "aiohttp": {"chat"}, "tenacity": {"retry", "provider_log"},
+        "httpx": {"chat", "catalog", "provider_log", "fetch"}, "aiohttp": {"chat"},
+        "tenacity": {"retry", "provider_log"},
         "click": {"cli"},
         "tqdm": {"progress"},
         "xllamacpp": {"local"}, "jinja2": {"template"}, "ruamel": {"jobfile"}, "filelock": {"lock"},
