@@ -11,6 +11,7 @@ import httpx
 from batchrun.documents import parse_json, sound
 from batchrun.fetch import Fetched, Fetcher, FetchError
 from batchrun.providers import Endpoint
+from batchrun.scrub import Scrubber
 
 _SECONDS = 5.0
 _MOST_BYTES = 32 * 1024 * 1024
@@ -72,7 +73,8 @@ def price_list(endpoint: Endpoint, etag: str | None) -> PriceList | None:
     if fetched.status == httpx.codes.NOT_MODIFIED and etag is not None:
         return PriceList(True)
     is_list = fetched.status == httpx.codes.OK and _parsed(fetched.body) is not None
-    return PriceList(False, fetched.body, fetched.headers.get("etag")) if is_list else None
+    body = Scrubber(endpoint.secrets).raw(fetched.body)
+    return PriceList(False, body, fetched.headers.get("etag")) if is_list else None
 
 
 def model_entry(document: bytes, model: str) -> Mapping[str, Any] | None:

@@ -12,13 +12,15 @@ log for every request: what was asked, what it answered and what it charged. A p
     wait       seconds before it comes
     retry_after, message   of the failures
     bytes      what the first attempt gets, head and all (latin-1), before the connection is closed
+    file       the same, from a file
     replay     {status, headers, chunks}: bytes sent as they are (latin-1)
     usage      the usage object, null for none
 
 Started as `python fake_provider.py LOG OPTIONS` with OPTIONS as JSON: `p400`, `p429`, `p500`, `p_hangup`, `p_half`,
 `p_silent` (shares of requests), `seed`, `latency`, `retry_after`, `bill` (`meta`, `credits`, `header`, `none`, `mix`),
 `charge` (a factor on its prices), `wordy` (answers of any length up to max_tokens), `refuse_after`, `body`, `bytes`,
-`port`, `replay`, `models`, `deprecations` (lists for the GETs of those names). It prints its port.
+`port`, `replay`, `models`, `deprecations` (lists for the GETs of those names), `get` (see `answer_badly`), `stray` (an
+answer that nobody asked for, sent after a failure on the same connection). It prints its port.
 
 `GET /v2/logs` lists what was billed, newest first. Options: `log_lag` (seconds until the line of a lost answer is
 there), `log_missing` (lines of lost answers are not), `log_429` (every so many calls are refused), `log_breaks_at`
@@ -37,6 +39,7 @@ import time
 from datetime import UTC, datetime
 from decimal import Decimal
 from hashlib import blake2b
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
@@ -115,6 +118,8 @@ class Provider:
         path = request_line.split(" ")[1]
         if request_line.startswith("GET"):
             self.gets.write(json.dumps({"path": path, "headers": headers}) + "\n")
+            if "get" in self.options:
+                return await self.answer_badly(self.options["get"], writer)
             if urlsplit(path).path == "/v2/logs":
                 await self.logs(path, headers, writer)
                 return True
@@ -139,6 +144,16 @@ class Provider:
         finally:
             if not record.pop("is_logged", False):
                 self.log.write(json.dumps(record) + "\n")
+
+    async def answer_badly(self, how: dict[str, Any], writer: asyncio.StreamWriter) -> bool:
+        """What a GET gets: `bytes`, then `again` and again with a pause of `every` seconds, for ever."""
+        writer.write(how.get("bytes", "").encode("latin-1"))
+        while "again" in how:
+            writer.write(how["again"].encode("latin-1"))
+            await writer.drain()
+            await asyncio.sleep(how.get("every", 0))
+        await writer.drain()
+        return False
 
     async def act(
         self, headers: dict[str, str], body: dict[str, Any], text: str, script: dict[str, Any], nth: int,
@@ -165,6 +180,8 @@ class Provider:
                     failure = kind if isinstance(kind, int) else kind[1:]
                 drawn -= options.get(f"p{kind}", 0)
         raw = script.get("bytes", options.get("bytes"))
+        if "file" in script:
+            raw = Path(script["file"]).read_bytes().decode("latin-1")
         if raw is not None and nth == 1:
             record["status"] = 0
             writer.write(raw.encode("latin-1"))
@@ -302,6 +319,9 @@ class Provider:
             head["Retry-After"] = str(retry_after)
         payload = self.options.get("body", json.dumps(envelope)).encode()
         await self.send(status, {**head, "Content-Length": str(len(payload))}, payload, writer)
+        if stray := self.options.get("stray"):
+            await asyncio.sleep(0.05)
+            await self.send(200, {"Content-Length": str(len(stray))}, stray.encode(), writer)
         return True
 
     def note(
