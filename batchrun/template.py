@@ -3,49 +3,26 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date, datetime, time
 from decimal import Decimal
 from hashlib import blake2b
 from typing import Any
 
-from jinja2 import StrictUndefined, TemplateError, meta, nodes
+from jinja2 import TemplateError, Undefined
 from jinja2.exceptions import SecurityError, TemplateSyntaxError, UndefinedError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from batchrun.errors import JobError
 from batchrun.job import Job, PromptSetting
 from batchrun.jobfile import walk_text
 from batchrun.providers import Endpoint
 from batchrun.records import Request, Slot
+from batchrun.sandbox import NullError, Sandbox
 from batchrun.wire import inline_media, is_self_contained, most_completion_tokens, request_body, stream_fields
-
-_WHOLE = re.compile(r"\s*\{\{[-+]?((?:(?!\{\{|\}\}).)*?)[-+]?\}\}\s*", re.DOTALL)
 
 
 class NotRenderedError(Exception):
     """This row gives no request; the message says why. The row fails, and costs nothing."""
-
-
-class _NullError(Exception):
-    pass
-
-
-def _refuse_null(value: Any) -> Any:
-    if value is None:
-        raise _NullError
-    return value
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        undefined=StrictUndefined, autoescape=False, finalize=_refuse_null, keep_trailing_newline=True
-    )
-    # What differs from one rendering to the next would give a row a new key each time, and have it paid for again.
-    del environment.filters["random"], environment.globals["lipsum"]
-    environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False, default=plain_json)
-    return environment
 
 
 _Renderer = Callable[[Mapping[str, Any]], Any]
@@ -62,7 +39,7 @@ class Template:
     """
 
     def __init__(self, job: Job, columns: Sequence[str], endpoint: Endpoint, model: str) -> None:
-        self._environment = _environment()
+        self._sandbox = Sandbox(columns, plain_json)
         self._available = list(columns)
         self._used: set[str] = set()
         self._unknown: dict[str, str] = {}
@@ -115,7 +92,7 @@ class Template:
             encoded = wire.encode()
         except UnicodeEncodeError:
             raise NotRenderedError("the prompt has half of a surrogate pair, which no UTF-8 can carry") from None
-        except (ValueError, TypeError, RecursionError) as exc:
+        except (ValueError, TypeError, RecursionError, MemoryError) as exc:
             raise NotRenderedError(f"a parameter cannot be sent as JSON: {exc}") from None
         return Request(
             Slot(row_index, self._model),
@@ -144,9 +121,10 @@ class Template:
         )
 
     def _render(self, render: _Renderer, row: Mapping[str, Any]) -> Any:
+        self._sandbox.begin()
         try:
             return render(row)
-        except _NullError:
+        except NullError:
             nulls = [name for name in self.columns if row.get(name) is None]
             where = f"null in this row: {', '.join(nulls)}" if nulls else "a null inside a column"
             name = nulls[0] if len(nulls) == 1 else "column"
@@ -178,33 +156,25 @@ class Template:
 
     def _compile_text(self, text: str, place: str, keeps_type: bool) -> _Renderer:
         try:
-            tree = self._environment.parse(text)
-            names = meta.find_undeclared_variables(tree)
-            says_self = any(node.name == "self" for node in tree.find_all(nodes.Name))
-            whole = _WHOLE.fullmatch(text) if keeps_type else None
-            if whole is not None:
-                expression = self._environment.compile_expression(whole[1], undefined_to_none=False)
-            else:
-                template = self._environment.from_string(tree)
+            render, names = self._sandbox.text_of(text)
+            expression = self._sandbox.value_of(text) if keeps_type else None
         except TemplateSyntaxError as exc:
             self._faults.append(f"{place}: template line {exc.lineno}: {exc.message}")
             return lambda row: ""
         except (TemplateError, RecursionError, SyntaxError, ValueError) as exc:
             self._faults.append(f"{place}: {exc}")
             return lambda row: ""
-        if says_self and "self" in self._available:
-            self._faults.append(f"{place}: `self` is a word of Jinja's own: write {{{{ row['self'] }}}}")
         for name in sorted(names):
             if name in self._available:
                 self._used.add(name)
             elif name == "row":
                 self._used.update(self._available)
-            elif name not in self._environment.globals:
+            elif name not in self._sandbox.globals:
                 self._unknown.setdefault(name, place)
         has_row = "row" in names and "row" not in self._available
-        if whole is not None:
+        if expression is not None:
             return lambda row: _typed(expression(_named(row, has_row)))
-        return lambda row: template.render(_named(row, has_row))
+        return lambda row: render(_named(row, has_row))
 
 
 def _named(row: Mapping[str, Any], has_row: bool) -> Mapping[str, Any]:
@@ -214,8 +184,8 @@ def _named(row: Mapping[str, Any], has_row: bool) -> Mapping[str, Any]:
 
 def _typed(value: Any) -> Any:
     if value is None:
-        raise _NullError
-    if isinstance(value, StrictUndefined):
+        raise NullError
+    if isinstance(value, Undefined):
         str(value)  # raises, naming what is undefined
     return value
 

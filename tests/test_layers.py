@@ -8,7 +8,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "batchrun"
 
 FLOORS = [
-    {"errors", "usage", "sse", "columns", "uniqueness", "documents", "folders", "inflate", "scrub"},
+    {"errors", "usage", "sse", "columns", "uniqueness", "documents", "folders", "inflate", "scrub", "sandbox"},
     {"money", "providers", "jobfile", "lock", "migrations"},
     {"records", "job", "prices", "projection", "fetch"},
     {"failures", "ledger_view"},
@@ -73,7 +73,7 @@ def test_only_one_room_knows_each_outside_thing() -> None:
         "tenacity": {"retry", "provider_log"},
         "click": {"cli"},
         "tqdm": {"progress"},
-        "xllamacpp": {"local"}, "jinja2": {"template"}, "ruamel": {"jobfile"}, "filelock": {"lock"},
+        "xllamacpp": {"local"}, "jinja2": {"template", "sandbox"}, "ruamel": {"jobfile"}, "filelock": {"lock"},
         "sqlite3": {"ledger", "ledger_view", "migrations", "uniqueness"},
         "zstandard": {"ledger", "ledger_view", "verify"},
         "genai_prices": {"price_sources"},

@@ -1,0 +1,309 @@
+"""Jinja templates that can do no harm: no escape, bounded time and memory, and only text ends up in a prompt.
+
+A template is the user's program, often copied from somewhere, and it runs over rows that anybody may have written.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from datetime import date, datetime, time, timedelta
+from decimal import Decimal
+from functools import wraps
+from typing import Any
+
+from jinja2 import StrictUndefined, Undefined, meta, nodes, pass_context
+from jinja2.environment import TemplateExpression
+from jinja2.exceptions import SecurityError, TemplateSyntaxError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+_MOST_STEPS = 1_000_000
+_MOST_TEXT = 10_000_000
+"""Characters that an operation may make; what a column holds may be longer."""
+_MOST_ITEMS = 1_000_000
+_MOST_BITS = 10_000
+_MOST_NUMBER = 1_000_000
+"""For widths, counts and places."""
+_MOST_OUTPUT = 100_000_000
+_WIDTH = re.compile(r"\d{5,}|\*")
+_PLAIN = (str, int, float, bool, Decimal, date, datetime, time, timedelta, bytes)
+_SIZED = {"center", "wordwrap", "batch", "slice", "round", "truncate", "urlize"}
+_TAKES_NULL = {"default", "d", "tojson"}
+_OTHER_TEMPLATES = (nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends)
+
+
+class NullError(Exception):
+    """A null would become text."""
+
+
+class Sandbox(ImmutableSandboxedEnvironment):
+    """The environment of one job's templates.
+
+    Args:
+        columns: their names come before those of Jinja's own functions.
+        to_json: what JSON has no word for, as something that it has.
+    """
+
+    intercepted_binops = frozenset(["+", "-", "*", "/", "//", "%", "**"])
+
+    def __init__(self, columns: Collection[str], to_json: Callable[[Any], Any]) -> None:
+        super().__init__(
+            undefined=StrictUndefined, autoescape=False, finalize=_finalize, keep_trailing_newline=True,
+            optimized=False,
+        )  # fmt: skip
+        # What differs from one rendering to the next would give a row a new key each time, and have it paid for again.
+        del self.filters["random"], self.globals["lipsum"]
+        self._has_self = "self" in columns
+        for name in columns:
+            self.globals.pop(name, None)
+        self.steps = 0
+        self.written = 0
+        for name, function in list(self.filters.items()):
+            if name not in _TAKES_NULL:
+                self.filters[name] = _guarded(name, function)
+        self.filters["tojson"] = lambda value, indent=None: json.dumps(
+            value, ensure_ascii=False, default=to_json, indent=indent
+        )
+        self.filters[_COUNTED] = self._counted
+        self.filters[_TEXT] = _text
+
+    def begin(self) -> None:
+        """One row's template is about to be rendered."""
+        self.steps = self.written = 0
+
+    def step(self) -> None:
+        """A turn of a loop or a call.
+
+        Raises:
+            SecurityError: there were too many in this rendering.
+        """
+        self.steps += 1
+        if self.steps > _MOST_STEPS:
+            raise SecurityError(f"it takes more than {_MOST_STEPS} steps")
+
+    def _prepare(self, text: str) -> tuple[nodes.Template, set[str]]:
+        """A template's tree, its loops counted, and the names that it takes from the row.
+
+        Raises:
+            TemplateSyntaxError: it does not parse, or uses what is not there.
+        """
+        tree = self.parse(text)
+        for node in tree.find_all(_OTHER_TEMPLATES):
+            raise TemplateSyntaxError("a prompt cannot include or extend other templates", node.lineno)
+        for known, kind, what in ((self.filters, nodes.Filter, "filter"), (self.tests, nodes.Test, "test")):
+            for used in tree.find_all(kind):
+                if used.name not in known:
+                    raise TemplateSyntaxError(f"there is no {what} {used.name!r}", used.lineno)
+        if self._has_self:
+            for name in tree.find_all(nodes.Name):
+                if name.name == "self":
+                    raise TemplateSyntaxError("`self` is a word of Jinja's own: write {{ row['self'] }}", name.lineno)
+        names = meta.find_undeclared_variables(tree)
+        for loop in list(tree.find_all(nodes.For)):
+            loop.iter = nodes.Filter(loop.iter, _COUNTED, [], [], None, None, lineno=loop.lineno, environment=self)
+        for joined in list(tree.find_all(nodes.Concat)):
+            joined.nodes = [
+                nodes.Filter(node, _TEXT, [], [], None, None, lineno=joined.lineno, environment=self)
+                for node in joined.nodes
+            ]
+        return tree, names
+
+    def text_of(self, text: str) -> tuple[Callable[[Mapping[str, Any]], str], set[str]]:
+        """A function row → text, and the names that it takes from the row.
+
+        Raises:
+            TemplateSyntaxError: it does not parse, or uses what is not there.
+        """
+        tree, names = self._prepare(text)
+        template = self.from_string(tree)
+        return template.render, names
+
+    def value_of(self, text: str) -> Callable[[Mapping[str, Any]], Any] | None:
+        """A function row → value, for a text that is one expression and nothing else; else None."""
+        tree, _ = self._prepare(text.strip())
+        output = tree.body[0] if len(tree.body) == 1 else None
+        if not isinstance(output, nodes.Output) or len(output.nodes) != 1:
+            return None
+        if isinstance(output.nodes[0], nodes.TemplateData):
+            return None
+        result = nodes.Assign(nodes.Name("result", "store", lineno=1), output.nodes[0], lineno=1)
+        whole = nodes.Template([result], lineno=1)
+        whole.set_environment(self)
+        return TemplateExpression(self.from_string(whole), undefined_to_none=False)
+
+    def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """A call inside of a template."""
+        self.step()
+        method = getattr(obj, "__wrapped__", obj)  # Jinja wraps `str.format`
+        owner = getattr(method, "__self__", None)
+        if isinstance(owner, (str, bytes)):
+            _check_method(owner, getattr(method, "__name__", ""), args, kwargs)
+        return super().call(context, obj, *args, **kwargs)
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        """An operation inside of a template, its result bounded before it is made."""
+        match operator:
+            case "*":
+                _check_product(left, right)
+            case "**":
+                _check_power(left, right)
+            case "+" if isinstance(left, str) and isinstance(right, str):
+                _check_size(len(left) + len(right))
+            case "%" if isinstance(left, str):
+                _check_format(left, right if isinstance(right, tuple) else (right,))
+        return super().call_binop(context, operator, left, right)
+
+    def _counted(self, items: Any) -> Iterator[Any]:
+        if items is None:
+            raise NullError
+        for item in items:
+            self.step()
+            yield item
+
+
+_COUNTED = "batchrun counted"
+_TEXT = "batchrun text"
+
+
+@pass_context  # which also keeps Jinja from working outputs out when it compiles them
+def _finalize(context: Any, value: Any) -> Any:
+    text = _text(value)
+    environment = context.environment
+    environment.written += len(text) if isinstance(text, (str, bytes, list, dict, tuple)) else 1
+    if environment.written > _MOST_OUTPUT:
+        raise SecurityError(f"it gives more than {_MOST_OUTPUT} characters")
+    return text
+
+
+def _text(value: Any) -> Any:
+    """A value that has a text form, the same one each time.
+
+    Raises:
+        NullError: it is null.
+        SecurityError: it is a function or the like, whose text form is an address in this process.
+    """
+    if value is None:
+        raise NullError
+    if isinstance(value, Undefined):
+        str(value)  # raises, naming what is undefined
+    if not isinstance(value, _PLAIN):
+        _check_plain(value)
+    return value
+
+
+def _check_plain(value: Any) -> None:
+    left = _MOST_ITEMS
+    held = [value]
+    while held:
+        item = held.pop()
+        left -= 1
+        if left < 0:
+            raise SecurityError(f"a list of more than {_MOST_ITEMS} items cannot be shown")
+        if isinstance(item, Undefined):
+            str(item)
+        elif isinstance(item, Mapping):
+            held += [*item.keys(), *item.values()]
+        elif isinstance(item, (list, tuple, set, frozenset)):
+            held += item
+        elif item is not None and not isinstance(item, _PLAIN):
+            kind = type(item).__name__
+            mend = ": add |list or |join" if kind == "generator" else ""
+            raise SecurityError(f"a {kind} is no text{mend}")
+
+
+# --- bounds -------------------------------------------------------------------------------------------------
+
+
+def _check_size(size: int) -> None:
+    if size > _MOST_TEXT:
+        raise SecurityError(f"it makes a text of more than {_MOST_TEXT} characters")
+
+
+def _check_numbers(values: Iterable[Any]) -> None:
+    for value in values:
+        if isinstance(value, int) and abs(value) > _MOST_NUMBER:
+            raise SecurityError(f"a number of more than {_MOST_NUMBER} where a width or a count is meant")
+
+
+def _check_product(left: Any, right: Any) -> None:
+    for value, times in ((left, right), (right, left)):
+        if isinstance(value, int) and isinstance(times, int):
+            if value.bit_length() + times.bit_length() > _MOST_BITS:
+                raise SecurityError("it makes a number beyond all bounds")
+        elif isinstance(value, (str, bytes)) and isinstance(times, int):
+            _check_size(len(value) * times)
+        elif isinstance(value, (list, tuple)) and isinstance(times, int) and len(value) * times > _MOST_ITEMS:
+            raise SecurityError(f"it makes a list of more than {_MOST_ITEMS} items")
+
+
+def _check_power(left: Any, right: Any) -> None:
+    if isinstance(left, int) and isinstance(right, int) and left.bit_length() * abs(right) > _MOST_BITS:
+        raise SecurityError("it makes a number beyond all bounds")
+
+
+def _check_format(text: str, values: Iterable[Any]) -> None:
+    """A format of printf or of `str.format`: no nulls, no width that fills the memory."""
+    if _WIDTH.search(text):
+        raise SecurityError("a format with such a width")
+    for value in values:
+        _text(value)
+
+
+def _check_method(owner: str | bytes, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    values = [*args, *kwargs.values()]
+    if name in ("format", "format_map"):
+        assert isinstance(owner, str)
+        is_nested = re.search(r"\{[^}]*\{", owner) is not None
+        _check_format(owner, values)
+        if is_nested:
+            _check_numbers(values)
+    elif name == "join":
+        _check_join(owner, args)
+    elif name == "replace":
+        _check_replace(owner, args)
+    elif name in ("center", "ljust", "rjust", "zfill", "expandtabs"):
+        _check_numbers(values)
+
+
+def _check_join(separator: Any, args: tuple[Any, ...]) -> None:
+    items = args[0] if args else ()
+    if isinstance(items, (list, tuple)):
+        _check_size(sum(len(item) for item in items if isinstance(item, str)) + len(items) * len(separator))
+
+
+def _check_replace(text: Any, args: tuple[Any, ...]) -> None:
+    if isinstance(text, str) and len(args) >= 2 and all(isinstance(part, str) for part in args[:2]):
+        times = text.count(args[0])
+        _check_size(times * len(args[1]))
+
+
+def _guarded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter that makes no text of null, and nothing too big."""
+    before = int(hasattr(function, "jinja_pass_arg"))  # a context comes first
+
+    @wraps(function)
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        value, *others = args[before:]
+        if value is None:
+            raise NullError
+        if name == "join":
+            if not isinstance(value, (str, Mapping)):
+                value = [_text(item) for item in value]
+            separator = others[0] if others else kwargs.get("d", "")
+            _check_join(separator if isinstance(separator, str) else "", (value,))
+        elif name == "replace":
+            _check_replace(value, tuple(others))
+        elif name == "format":
+            _check_format(str(value), [*others, *kwargs.values()])
+        elif name == "string":
+            _text(value)
+        elif name == "indent" and isinstance(value, str):
+            _check_numbers([*others, *kwargs.values()])
+            width = others[0] if others else kwargs.get("width", 4)
+            _check_size(len(value) + value.count("\n") * (width if isinstance(width, int) else len(str(width))))
+        elif name in _SIZED:
+            _check_numbers([*others, *kwargs.values()])
+        return function(*args[:before], value, *others, **kwargs)
+
+    return guarded
