@@ -111,7 +111,9 @@ def run(job: Path, retry_failed: bool, sample: int | None, as_json: bool, quiet:
 
 @cli.command()
 @_JOB
-@click.option("--rows", default=3, show_default=True, type=click.IntRange(0), help="How many rendered prompts to show.")
+@click.option(
+    "--rows", default=3, show_default=True, type=click.IntRange(0, 1_000_000), help="How many rendered prompts to show."
+)
 @click.option("--offline", is_flag=True, help="Do not ask for the provider's price list.")
 @_AS_JSON
 def check(job: Path, rows: int, offline: bool, as_json: bool) -> None:

@@ -15,6 +15,7 @@ A failure of one row is not an exception: it is a `records.Failure`, a value who
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import IntEnum, StrEnum
 from pathlib import Path
 
@@ -32,6 +33,15 @@ class ExitCode(IntEnum):
     BUG = 70
     INTERRUPTED = 130
     TERMINATED = 143
+
+
+_LISTED = 30
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names for a message; the first of very many."""
+    more = f", … and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(name if len(name) <= 100 else f"{name[:99]}…" for name in names[:_LISTED]) + more
 
 
 class BatchrunError(Exception):

@@ -13,7 +13,7 @@ import string
 from collections.abc import Mapping
 from decimal import Decimal
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     BaseModel,
@@ -21,6 +21,7 @@ from pydantic import (
     Field,
     PrivateAttr,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -37,11 +38,22 @@ _REFUSED_PARAMETERS = {
     "n": "the key `samples` of the job",
 }
 _MOST_BYTES = 2_000_000
+_MOST_FAULTS = 20
+_LONGEST_FAULT = 1000
 _NOT_YET = "not yet supported"
 
 
 class _Setting(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, str_strip_whitespace=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        kind = cls.model_fields[info.field_name].annotation if info.field_name else None
+        kinds = get_args(kind) or (kind,)
+        if isinstance(value, bool) and bool not in kinds and any(item in (int, float, Decimal) for item in kinds):
+            raise ValueError(f"should be a number (is {str(value).lower()})")
+        return value
 
 
 class ColumnSetting(_Setting):
@@ -61,7 +73,7 @@ class InputSetting(_Setting):
         description="A list selects columns; a map casts them (`stars: int64`), renames them "
         "(`stars: {name: rating}`) or drops them (`stars: null`) and leaves the others.",
     )
-    limit: int | None = Field(None, ge=0, description="Read this many rows at most.")
+    limit: int | None = Field(None, ge=0, le=10**15, description="Read this many rows at most.")
     format: Literal["csv", "tsv", "parquet", "jsonl"] | None = Field(
         None, description="What the files are, where their names do not say it."
     )
@@ -163,7 +175,9 @@ class ProviderSetting(_Setting):
 class RetrySetting(_Setting):
     """Bounds of retrying, for each row."""
 
-    max_attempts: int = Field(6, ge=1, description="Attempts a row may take; waits on rate limits are not counted.")
+    max_attempts: int = Field(
+        6, ge=1, le=1_000_000, description="Attempts a row may take; waits on rate limits are not counted."
+    )
     max_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
         900.0, description="Seconds from a row's first attempt after which it is not tried again."
     )
@@ -245,7 +259,7 @@ class Job(_Setting):
     stop_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
         60.0, description="How long to await what is in flight when the run is stopped."
     )
-    max_response_bytes: int = Field(32 * 1024 * 1024, ge=1024, description="The most bytes of one answer.")
+    max_response_bytes: int = Field(32 * 1024 * 1024, ge=1024, le=2**31, description="The most bytes of one answer.")
     retry: RetrySetting = RetrySetting()
     budget: BudgetSetting | None = None
     prices: PricesSetting | None = None
@@ -402,11 +416,11 @@ def load_job(path: Path) -> Job:
     try:
         job = Job.model_validate(document.value)
     except ValidationError as exc:
-        faults += [_fault(document, error) for error in exc.errors(include_url=False)]
+        faults += list(dict.fromkeys(_fault(document, error) for error in exc.errors(include_url=False)))
     if faults or job is None:
-        raise JobError(
-            "\n".join([f"{path}: the job is wrong:", *(f"  {fault}" for fault in sorted(faults, key=_line_of))])
-        )
+        shown = [f"  {fault[:_LONGEST_FAULT]}" for fault in sorted(faults, key=_line_of)[:_MOST_FAULTS]]
+        more = [f"  … and {len(faults) - _MOST_FAULTS} more"] if len(faults) > _MOST_FAULTS else []
+        raise JobError("\n".join([f"{path}: the job is wrong:", *shown, *more]))
     # The folder itself, not a link to it: `..` must lead to the same ledger from everywhere.
     absolute = path.parent.resolve() / path.name
     if not job.name:
@@ -431,12 +445,13 @@ def _fault(document: Document, error: Any) -> str:
     path = error["loc"]
     line = document.line(path)
     where = f"line {line}: " if line is not None and path else ""
-    name = ".".join(str(part) for part in path) or "the job"
+    name = ".".join(str(part)[:100] for part in path) or "the job"
     value = error.get("input")
     match error["type"]:
         case "extra_forbidden":
             model = _MODELS.get(tuple(str(part) for part in path[:-1]))
-            names = [field.alias or key for key, field in model.model_fields.items()] if model else []
+            fields = model.model_fields.items() if model else ()
+            names = [field.alias or key for key, field in fields if field.description != _NOT_YET]
             near = difflib.get_close_matches(str(path[-1]), names, 1)
             mend = f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(names)}"
             return f"{where}{name}: there is no such key: {mend}"

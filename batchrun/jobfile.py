@@ -15,10 +15,12 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.nodes import Node, ScalarNode, SequenceNode
 
+from batchrun.documents import sound
 from batchrun.errors import JobError
 
 _MOST_NODES = 50_000
 _MOST_DEPTH = 50
+_MOST_CHARACTERS = 5_000_000
 _INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*)")
 _DECIMAL = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _NOT_A_NUMBER = re.compile(r"[-+]?0[0-9]+")
@@ -46,7 +48,11 @@ class Document:
         self.faults: list[str] = []
         self._lines: dict[Path, int] = {}
         self._nodes = 0
+        self._characters = 0
         try:
+            for number, _ in enumerate(YAML(typ="safe", pure=True).parse(text)):
+                if number > 3 * _MOST_NODES:
+                    raise JobError(f"it holds more than {_MOST_NODES} values: put data into the input")
             root = YAML(typ="safe", pure=True).compose(text)
         except YAMLError as exc:
             raise JobError(f"no valid YAML: {_reason(exc)}") from exc
@@ -85,7 +91,7 @@ class Document:
             if not isinstance(key_node, ScalarNode):
                 self.faults.append(f"line {line}: a key must be plain text")
                 continue
-            key = str(key_node.value)
+            key = self._sound(str(key_node.value), line)
             if key == "<<" and key_node.style is None:
                 self.faults.append(f"line {line}: merge keys (<<) are not part of YAML 1.2: write the values out")
                 continue
@@ -96,8 +102,18 @@ class Document:
             built[key] = self._build(value_node, (*path, key))
         return built
 
+    def _sound(self, text: str, line: int) -> str:
+        """Text that UTF-8 can carry; JSON writes an emoji as two halves, which belong together."""
+        self._characters += len(text)
+        if self._characters > _MOST_CHARACTERS:
+            raise JobError(f"line {line}: the document unfolds to more than {_MOST_CHARACTERS} characters")
+        whole = sound(text)
+        if "\ufffd" in whole and "\ufffd" not in text:
+            self.faults.append(f"line {line}: a text has half of a surrogate pair, which no UTF-8 can carry")
+        return whole
+
     def _scalar(self, node: ScalarNode) -> Any:
-        text = str(node.value)
+        text = self._sound(str(node.value), node.start_mark.line + 1)
         if node.style is not None:
             return text
         if node.tag == f"{_TAG}str":

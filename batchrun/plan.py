@@ -176,11 +176,27 @@ def _is_wanted(state: SlotState | None, retry_failed: bool) -> bool:
 
 def _plain_rows(batch: Batch, columns: list[str]) -> list[dict[str, Any]]:
     """Rows as a template sees them."""
+    names = list(dict.fromkeys(columns))
     try:
-        rows: list[dict[str, Any]] = batch.rows.select(list(dict.fromkeys(columns))).to_pylist()
+        rows: list[dict[str, Any]] = batch.rows.select(names).to_pylist()
     except (ValueError, OverflowError, pa.ArrowException) as exc:
-        raise InputError(f"a value in the rows from {batch.start + 1} on cannot be used in a prompt: {exc}") from exc
+        raise InputError(_unusable(batch, names)) from exc
     return rows or [{} for _ in range(batch.rows.num_rows)]
+
+
+def _unusable(batch: Batch, names: list[str]) -> str:
+    """Which value Python has no word for, such as a date beyond the year 9999."""
+    for name in names:
+        column = batch.rows.column(name)
+        for index in range(len(column)):
+            try:
+                column[index].as_py()
+            except Exception as exc:  # noqa: BLE001 - whatever Arrow raises, this is the value
+                mend = f"cast it by input: {{columns: {{{name}: string}}}}, or leave it out of the prompt"
+                return (
+                    f"row {batch.start + index + 1}: the column {name!r} ({column.type}) cannot be used: {exc}: {mend}"
+                )
+    return f"a value in the rows from {batch.start + 1} on cannot be used in a prompt"
 
 
 def place(plan: Plan, ledger: Ledger, run: Run) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,8 @@ def check_schema(schema: pa.Schema) -> None:
     Raises:
         JobError: it cannot; such as a struct without fields.
     """
+    with suppress(pa.ArrowException), pq.ParquetWriter(pa.BufferOutputStream(), schema):
+        return
     for field in schema:
         try:
             with pq.ParquetWriter(pa.BufferOutputStream(), pa.schema([field])):

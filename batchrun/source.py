@@ -6,14 +6,14 @@ wrong with a file is an `InputError` that names the file and the line or row.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import difflib
 import fnmatch
 import glob
 import gzip
-import json
+import os
 import stat
-import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,11 +28,14 @@ import pyarrow.json as json_format
 import pyarrow.parquet as pq
 
 from batchrun.columns import build
-from batchrun.documents import sound
-from batchrun.errors import InputError
+from batchrun.errors import InputError, listed
 from batchrun.job import ColumnSetting, InputSetting, Job
+from batchrun.jsonl import Record, infer, records
 
 _BATCH_ROWS = 1024
+_PROBED_ROWS = 8
+_MOST_CHARACTERS = 100_000_000
+"""Of a line or a cell."""
 _BATCH_BYTES = 4 * 1024 * 1024
 _MANIFEST = b"batchrun"
 
@@ -82,6 +85,8 @@ class Source:
         self._folder = job.path.parent
         self._job_path = job.resolve(job.input.path)
         self._files = _find(job)
+        self._too_exact: dict[str, str] = {}
+        """Columns with a whole number that a float has no room for, and where it stands."""
         self._raw_schema, self.is_own_output = self._read_schema()
         self._plan = _plan(self._setting, self._raw_schema)
         if not self._plan:
@@ -156,13 +161,16 @@ class Source:
         for file, other in schemas[1:]:
             if other.names != schema.names:
                 raise InputError(
-                    f"{file.path}: its columns ({', '.join(other.names)}) differ from those of "
-                    f"{first_file.path} ({', '.join(schema.names)})"
+                    f"{file.path}: its columns ({listed(other.names)}) differ from those of "
+                    f"{first_file.path} ({listed(schema.names)})"
                 )
             try:
                 schema = pa.unify_schemas([schema, other], promote_options="permissive")
             except (pa.ArrowInvalid, pa.ArrowTypeError) as exc:
                 raise InputError(f"{file.path}: its column types differ from those of the other files: {exc}") from exc
+        for name, where in self._too_exact.items():
+            if pa.types.is_floating(schema.field(name).type):
+                raise InputError(f"{where} would change in a column that also has fractions: write it as text")
         return pa.schema([_wide(field) for field in schema]), is_own
 
     def _schema_of(self, file: _File) -> pa.Schema:
@@ -183,17 +191,10 @@ class Source:
                 return pa.schema([(name, pa.string()) for name in header])
 
     def _infer_jsonl(self, file: _File) -> pa.Schema:
-        """The types of all records: JSON has no schema, and the first record need not show every column."""
-        found: dict[str, pa.DataType] = {}
-        for number, _, record in self._jsonl_records(file):
-            for name, value in record.items():
-                if name != sound(name):
-                    raise InputError(f"{file.path}: line {number}: a key has half of a surrogate pair")
-                try:
-                    found[name] = _common(found.get(name, pa.null()), _json_type(value))
-                except TypeError as exc:
-                    raise InputError(f"{file.path}: line {number}: column {name!r}: {exc}") from None
-        return pa.schema(list(found.items()))
+        inferred = infer(self._records(file), file.path)
+        for name, (number, value) in inferred.too_exact.items():
+            self._too_exact.setdefault(name, f"{file.path}: line {number}: column {name!r}: {value}")
+        return inferred.schema
 
     # --- reading --------------------------------------------------------------------------------------------
 
@@ -202,7 +203,11 @@ class Source:
             case "parquet":
                 with _reading(file.path), pq.ParquetFile(file.path, buffer_size=1 << 18) as parquet:
                     # A buffered stream per column: a row group of any size is never held whole.
-                    yield from parquet.iter_batches(_batch_rows(parquet), columns=list(names), use_threads=False)
+                    for group in range(parquet.num_row_groups):
+                        rows = _batch_rows(parquet, group, list(names))
+                        yield from parquet.iter_batches(
+                            rows, row_groups=[group], columns=list(names), use_threads=False
+                        )
             case "jsonl":
                 yield from self._read_jsonl(file, pa.schema([self._raw_schema.field(name) for name in names]))
             case _:
@@ -213,7 +218,8 @@ class Source:
         with _reading(file.path), self._text(file) as fp:
             reader = self._csv(file, fp)
             header = next(reader)
-            wanted = [header.index(name) for name in names]
+            places = {name: index for index, name in enumerate(header)}
+            wanted = [places[name] for name in names]
             held: list[list[str]] = []
             size = 0
             for cells in _rows_of(reader, file.path):
@@ -234,8 +240,8 @@ class Source:
 
     def _csv(self, file: _File, fp: IO[str]) -> Any:
         # The module's own limit of 128 kB a cell is below what a long prompt takes.
-        csv.field_size_limit(sys.maxsize)
-        return csv.reader(fp, delimiter="\t" if file.format == "tsv" else ",", strict=True)
+        csv.field_size_limit(_MOST_CHARACTERS)
+        return csv.reader(_bounded_lines(fp, file.path), delimiter="\t" if file.format == "tsv" else ",", strict=True)
 
     def _read_jsonl(self, file: _File, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
         parsing = json_format.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
@@ -248,8 +254,8 @@ class Source:
             return table.combine_chunks().to_batches()[0].cast(schema)
 
         with _reading(file.path):
-            for _, line, _ in self._jsonl_records(file):
-                lines.append(line.encode())
+            for record in self._records(file):
+                lines.append(record.text.encode())
                 size += len(lines[-1])
                 if len(lines) >= _BATCH_ROWS or size >= _BATCH_BYTES:
                     yield batch()
@@ -257,25 +263,14 @@ class Source:
             if lines:
                 yield batch()
 
-    def _jsonl_records(self, file: _File) -> Iterator[tuple[int, str, dict[str, Any]]]:
-        """Line number, text and content of each record; blank lines are none."""
+    def _records(self, file: _File) -> Iterator[Record]:
         with _reading(file.path), self._text(file) as fp:
-            for number, line in enumerate(fp, 1):
-                if not line.strip():
-                    continue
-                try:
-                    record = json.loads(line, parse_constant=_no_constant)
-                    line.encode()
-                except (ValueError, RecursionError) as exc:
-                    raise InputError(f"{file.path}: line {number}: no valid JSON: {exc}") from None
-                if not isinstance(record, dict):
-                    raise InputError(f'{file.path}: line {number}: should be an object, such as {{"review": "…"}}')
-                yield number, line.strip(), record
+            yield from records(_bounded_lines(fp, file.path), file.path)
 
     @contextmanager
     def _text(self, file: _File) -> Iterator[IO[str]]:
         encoding = self._setting.encoding
-        if encoding.lower().replace("_", "-") in ("utf-8", "utf8"):
+        if codecs.lookup(encoding).name == "utf-8":
             encoding = "utf-8-sig"  # the same, and a byte order mark is not part of the first column's name
         newline = "\n" if file.format == "jsonl" else ""
         opened: Any = gzip.open if file.is_gzip else Path.open
@@ -317,7 +312,9 @@ def _find_files(job: Job) -> list[_File]:
     if path.exists():
         paths = [path]
     else:
-        paths = sorted(Path(found) for found in glob.glob(str(path), recursive=True))  # noqa: PTH207 - Path.glob wants a root
+        found_paths = sorted(Path(found) for found in glob.glob(str(path), recursive=True))  # noqa: PTH207 - Path.glob wants a root
+        # Links can lead to the same file by many ways: its rows are asked once.
+        paths = list({os.path.realpath(found): found for found in reversed(found_paths)}.values())[::-1]
         if not paths:
             raise InputError(f"input: there is no file {path}")
     files = []
@@ -368,7 +365,7 @@ def _plan(setting: InputSetting, schema: pa.Schema) -> list[tuple[str, pa.Field]
 
 def _no_column(name: str, names: Sequence[str]) -> str:
     near = difflib.get_close_matches(name, names, 1)
-    mend = f"did you mean {near[0]!r}?" if near else f"the columns are {', '.join(names)}"
+    mend = f"did you mean {near[0]!r}?" if near else f"the columns are {listed(names)}"
     return f"there is no column {name!r}: {mend}"
 
 
@@ -378,13 +375,27 @@ def _refuse_duplicates(names: Sequence[str], where: str) -> None:
         raise InputError(f"{where}: the column name {doubled[0]!r} stands twice")
 
 
-def _batch_rows(parquet: pq.ParquetFile) -> int:
-    """Rows a batch, fewer where rows are big."""
-    rows, size = 0, 0
-    for index in range(parquet.metadata.num_row_groups):
-        group = parquet.metadata.row_group(index)
-        rows, size = rows + group.num_rows, size + group.total_byte_size
-    return max(1, min(_BATCH_ROWS, _BATCH_BYTES * max(rows, 1) // max(size, 1)))
+def _batch_rows(parquet: pq.ParquetFile, group: int, names: list[str]) -> int:
+    """Rows a batch, fewer where rows are big.
+
+    What the file says of its size is packed, and a text that stands in many rows may be there once: some rows are read.
+    """
+    known = parquet.metadata.row_group(group)
+    size = known.total_byte_size / max(1, known.num_rows)
+    for batch in parquet.iter_batches(_PROBED_ROWS, row_groups=[group], columns=names, use_threads=False):
+        size = max(size, batch.nbytes / max(1, batch.num_rows))
+        break
+    return max(1, min(_BATCH_ROWS, int(_BATCH_BYTES / max(1.0, size))))
+
+
+def _bounded_lines(fp: IO[str], path: Path) -> Iterator[str]:
+    """Lines, none of them endless: a file of a few megabytes can unpack to one of many gigabytes."""
+    number = 0
+    while line := fp.readline(_MOST_CHARACTERS):
+        number += 1
+        if len(line) >= _MOST_CHARACTERS:
+            raise InputError(f"{path}: line {number}: is longer than {_MOST_CHARACTERS} characters")
+        yield line
 
 
 def _rows_of(reader: Any, path: Path) -> Iterator[list[str]]:
@@ -405,52 +416,6 @@ def _wide(field: pa.Field) -> pa.Field:
     if pa.types.is_dictionary(kind):
         field = field.with_type(pa.dictionary(pa.int32(), kind.value_type, kind.ordered))
     return field
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
-
-
-def _json_type(value: Any) -> pa.DataType:
-    """The Arrow type of a JSON value."""
-    match value:
-        case None:
-            return pa.null()
-        case bool():
-            return pa.bool_()
-        case int():
-            if not -(2**63) <= value < 2**63:
-                raise TypeError(f"{str(value)[:40]} does not fit into 64 bits: write it as text")
-            return pa.int64()
-        case float():
-            return pa.float64()
-        case str():
-            return pa.string()
-        case list():
-            items = pa.null()
-            for item in value:
-                items = _common(items, _json_type(item))
-            return pa.list_(items)
-        case _:
-            return pa.struct([(name, _json_type(item)) for name, item in value.items()])
-
-
-def _common(first: pa.DataType, second: pa.DataType) -> pa.DataType:
-    """The type that holds values of both; TypeError if there is none."""
-    if first == second or pa.types.is_null(second):
-        return first
-    if pa.types.is_null(first):
-        return second
-    if {first, second} == {pa.int64(), pa.float64()}:
-        return pa.float64()
-    if pa.types.is_list(first) and pa.types.is_list(second):
-        return pa.list_(_common(first.value_type, second.value_type))
-    if pa.types.is_struct(first) and pa.types.is_struct(second):
-        fields = {field.name: field.type for field in first}
-        for field in second:
-            fields[field.name] = _common(fields.get(field.name, pa.null()), field.type)
-        return pa.struct(list(fields.items()))
-    raise TypeError(f"is {second} here and {first} above: a column has one type")
 
 
 def _cast(column: pa.Array, field: pa.Field, name: str, where: str, first: int) -> pa.Array:
@@ -511,5 +476,5 @@ def _reading(path: Path) -> Iterator[None]:
         yield
     except csv.Error as exc:
         raise InputError(f"{path}: line 1: no valid CSV: {exc}") from exc
-    except (OSError, EOFError, zlib.error, pa.ArrowException) as exc:
+    except (OSError, EOFError, zlib.error, UnicodeError, pa.ArrowException) as exc:
         raise InputError(f"{path}: cannot be read: {exc}") from exc

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from keyword import iskeyword
 from pathlib import Path
@@ -67,7 +68,7 @@ def write_starter(data: Path, path: Path) -> Path:
     else:
         reading, columns = f"input: {_text(relative)}", kept
     text = _TEMPLATE.format(
-        name=path.name,
+        name=_shown(path.name),
         input=reading,
         columns=", ".join(map(_shown, columns)),
         user=_user_lines(source, kept),
@@ -84,6 +85,10 @@ def write_starter(data: Path, path: Path) -> Path:
 
 
 def _probe(data: Path, path: Path) -> Job:
+    try:
+        str(data).encode()
+    except UnicodeEncodeError:
+        raise JobError(f"the name {str(data)!r} cannot be written into a job file: rename it") from None
     job = Job.model_validate({"input": str(data.absolute()), "provider": "local", "model": "m", "output": "o.parquet"})
     job._path = path.absolute()
     return job
@@ -104,7 +109,8 @@ def _user_lines(source: Source, columns: list[str]) -> str:
     lines = []
     for name in chosen:
         shown = f"{_reference(name)} or ''" if name in has_null else _reference(name)
-        lines.append(f"    {_shown(name)}: {{{{ {shown} }}}}")
+        label = name if name.isprintable() and "{" not in name else "Text"
+        lines.append(f"    {label}: {{{{ {shown} }}}}")
     return "\n".join(lines)
 
 
@@ -112,7 +118,7 @@ def _is_text(kind: pa.DataType) -> bool:
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
-_JINJAS_OWN = {"none", "true", "false", "self", "row", "loop", "caller", "varargs", "kwargs"}
+_JINJAS_OWN = {"none", "true", "false", "self", "loop", "caller", "varargs", "kwargs"}
 
 
 def _shown(name: str) -> str:
@@ -127,4 +133,7 @@ def _reference(name: str) -> str:
 def _text(value: str) -> str:
     """A YAML scalar."""
     plain = value[:1] not in ("", "-") and all(character.isalnum() or character in "/._-" for character in value)
-    return value if plain else "'" + value.replace("'", "''") + "'"
+    if plain:
+        return value
+    # JSON is YAML, and has an escape for every line end that there is.
+    return "'" + value.replace("'", "''") + "'" if value.isprintable() else json.dumps(value)

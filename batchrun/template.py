@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import TemplateError, Undefined
 from jinja2.exceptions import SecurityError, TemplateSyntaxError, UndefinedError
 
-from batchrun.errors import JobError
+from batchrun.errors import JobError, listed
 from batchrun.job import Job, PromptSetting
 from batchrun.jobfile import walk_text
 from batchrun.providers import Endpoint
@@ -64,7 +64,7 @@ class Template:
         self._stream = stream_fields(endpoint.include_usage) if job.stream else {}
         if self._unknown:
             named = ", ".join(f"{name!r} ({place})" for name, place in self._unknown.items())
-            self._faults.append(f"no such column: {named}; the columns are {', '.join(columns)}")
+            self._faults.append(f"no such column: {named}; the columns are {listed(columns)}")
         if self._faults:
             raise JobError("\n".join(["the prompt does not fit the input:", *(f"  {fault}" for fault in self._faults)]))
         self.columns = [name for name in columns if name in self._used]
@@ -197,7 +197,7 @@ def _default_prompt(columns: Sequence[str]) -> PromptSetting:
         return PromptSetting(messages_column="messages")
     raise JobError(
         "the job has no prompt, and the input has neither a column `prompt` nor `messages`; "
-        f"write one over its columns: {', '.join(columns)}"
+        f"write one over its columns: {listed(columns)}"
     )
 
 

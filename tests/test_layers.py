@@ -12,7 +12,7 @@ FLOORS = [
     {"money", "providers", "jobfile", "lock", "migrations"},
     {"records", "job", "prices", "projection", "fetch"},
     {"failures", "ledger_view"},
-    {"wire", "accounts"},
+    {"wire", "accounts", "jsonl"},
     {
         "source",
         "template",

@@ -42,7 +42,7 @@ Provide = Callable[..., FakeProvider]
         ({"prompt": "{{ " + "9" * 5000 + " }}"}, "prompt.user: "),
         ({"prompt": "{% if %}"}, "prompt.user: template line 1"),
         ({"timeout_seconds": "1e999"}, "timeout_seconds"),
-        ({"input": {"path": "key.jsonl"}}, "a key has half of a surrogate pair"),
+        ({"input": {"path": "key.jsonl"}}, "a text or key has half of a surrogate pair"),
         ({"concurrency": 10**6}, "should be less than or equal to 10000"),
     ],
 )
