@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from decimal import Decimal
 from typing import Any, NamedTuple
 
-from batchrun.ledger_view import LedgerView, Run, everywhere, seconds
+from batchrun.ledger_view import NO_ROW, LedgerView, Run, everywhere, seconds
 from batchrun.money import DERIVED, REPORTED, from_pico
 from batchrun.records import Totals
 from batchrun.usage import Usage
@@ -289,11 +289,12 @@ def totals(ledger: LedgerView, run: Run) -> Totals:
     (unknown,) = ledger.rows(
         f"SELECT count(*), {_RESERVED}, coalesce(sum(reserved_pico IS NULL), 0) {never_came}", (run.run,)
     )
+    in_rows = f"{never_came} AND row_index <> {NO_ROW}"
     ((unknown_rows,),) = ledger.rows(
-        f"SELECT count(*) FROM (SELECT DISTINCT row_index, model, sample {never_came})", (run.run,)
+        f"SELECT count(*) FROM (SELECT DISTINCT row_index, model, sample {in_rows})", (run.run,)
     )
     first_unknown = ledger.rows(
-        f"SELECT DISTINCT row_index {never_came} ORDER BY row_index LIMIT {_SHOWN_ROWS}", (run.run,)
+        f"SELECT DISTINCT row_index {in_rows} ORDER BY row_index LIMIT {_SHOWN_ROWS}", (run.run,)
     )
     (unplaced,) = ledger.rows(
         f"SELECT {_USD}, coalesce(sum(outcome = 'ok'), 0) FROM moved "

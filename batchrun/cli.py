@@ -209,6 +209,23 @@ def verify(job: Path, as_json: bool) -> None:
 
 
 @cli.command()
+@_JOB
+def salvage(job: Path) -> None:
+    """Put a whole ledger in the place of a damaged one, with all of it that can be read; exit 1 if some is lost."""
+    from batchrun.job import load_job
+    from batchrun.lock import held
+
+    loaded = load_job(job)
+    with held(loaded.ledger_path):
+        from batchrun.salvage import salvage
+
+        saved = salvage(loaded)
+    for line in saved.lines():
+        _say(line)
+    sys.exit(ExitCode.OK if saved.is_all else ExitCode.ROWS_FAILED)
+
+
+@cli.command()
 @click.argument("data", type=click.Path(path_type=Path), metavar="DATA")
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="The job file to write. Default: beside DATA.")
 def init(data: Path, output: Path | None) -> None:

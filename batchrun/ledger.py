@@ -135,6 +135,7 @@ class Ledger(LedgerView):
                 "FROM run WHERE state = 'open' ORDER BY run DESC LIMIT 1"
             ).fetchone()
             if row is not None:
+                self._refuse_mixed(row[0], row[1])
                 return Run(row[0], row[1], row[2], "open", is_new=bool(row[3]))
             started = now_us()
             stamp = datetime.fromtimestamp(started / 1e6, UTC).strftime("%Y%m%dT%H%M%SZ")
@@ -392,6 +393,12 @@ class Ledger(LedgerView):
                     "INSERT OR IGNORE INTO temp.billed VALUES (?, ?, ?, ?)",
                     (attempt_id, client_request_id, identity, to_pico(usd)),
                 )
+        # What a salvaged ledger has lost is known by its number alone.
+        self._execute_script(
+            "UPDATE OR IGNORE temp.billed SET client_request_id = 'lost:' || attempt_id WHERE EXISTS (SELECT 1 FROM "
+            "attempt WHERE attempt.attempt_id = billed.attempt_id "
+            "AND attempt.client_request_id = 'lost:' || billed.attempt_id);"
+        )
         return int(self._value("SELECT count(*) FROM temp.billed"))
 
     # --- inside ---------------------------------------------------------------------------------------------
@@ -462,6 +469,18 @@ class Ledger(LedgerView):
                 sealed = seal((*intended, *values, digest(b"")))
                 self._db.execute(_SETTLE, (*values, sealed, intended[0]))
                 self._count(Run(intended[1], "", 0, "", is_new=False), 0, [sealed])
+
+    def _refuse_mixed(self, run: int, run_id: str) -> None:
+        """A write-ahead log that was cut can put old pages over new ones, and each for itself is sound."""
+        counted, found = (
+            self._value("SELECT attempts FROM run WHERE run = ?", run),
+            self._value("SELECT count(*) FROM attempt WHERE run = ?", run),
+        )
+        if counted != found:
+            raise StorageError(
+                f"the ledger {self.path} has been damaged: run {run_id} made {counted} attempts, and {found} are "
+                "there; `batchrun salvage JOB` saves what can be read"
+            )
 
     def _bury(self) -> bool:
         """Note that the last process died at work; False if it did not."""

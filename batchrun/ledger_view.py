@@ -296,7 +296,9 @@ def storage(path: Path) -> Iterator[None]:
     try:
         yield
     except (sqlite3.Error, zstandard.ZstdError) as exc:
-        raise StorageError(f"the ledger {path}: {exc}") from exc
+        is_damaged = isinstance(exc, zstandard.ZstdError) or any(word in str(exc) for word in _DAMAGED)
+        mend = "; it has been damaged: `batchrun salvage JOB` saves what can be read" if is_damaged else ""
+        raise StorageError(f"the ledger {path}: {exc}{mend}") from exc
     except OSError as exc:
         raise StorageError(f"the ledger {path}: {exc.strerror or exc}") from exc
 
@@ -305,6 +307,9 @@ def seconds(microseconds: int | None) -> float | None:
     return microseconds / 1e6 if microseconds is not None else None
 
 
+_DAMAGED = ("malformed", "not a database", "decode to UTF-8")
+NO_ROW = -1
+"""The row of an attempt whose row is not known any more."""
 INTENT_COLUMNS = (
     "attempt_id", "run", "invocation", "row_index", "model", "sample", "key", "number", "client_request_id", "sent_at",
     "request_bytes", "reserved_pico",

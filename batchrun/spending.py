@@ -80,7 +80,7 @@ def open_budget(plan: Plan, ledger: Ledger, run: Run, pricing: Pricing) -> Budge
     if taken.unbounded:
         raise JobError(
             f"budget: {taken.unbounded} earlier attempts of {_PERIODS[setting.per]} have an unknown cost and no "
-            f"reservation (no price was known then), so no cap can be kept: {_reconcile(plan)}"
+            f"reservation (no price was known then, or they were lost), so no cap can be kept: {_reconcile(plan)}"
             f"`batchrun export {plan.job.path.name} --reprice` prices what was answered; else "
             f"{'finish this run without budget:' if setting.per == 'run' else f'wait for the next {setting.per}'}, "
             "or begin anew with another name:"

@@ -143,8 +143,9 @@ class Summary:
         most = f"up to ${usd_text(totals.unknown_usd)}" if totals.unknown_usd is not None else "an amount not known"
         rows = ", ".join(str(row_index + 1) for row_index in totals.first_unknown_rows[:5])
         more = ", …" if totals.unknown_rows > 5 else ""
+        where = f" in {totals.unknown_rows} rows ({rows}{more})" if totals.unknown_rows else ""
         return (
-            f"unknown: {totals.unknown_outcomes} attempts in {totals.unknown_rows} rows ({rows}{more}) got no answer, "
+            f"unknown: {totals.unknown_outcomes} attempts{where} got no answer, "
             f"and {most} may be on the bill; it is not in the amount above"
         )
 

@@ -41,6 +41,8 @@ class Verdict:
     """What is wrong besides."""
     attempts: int = 0
     rows: int = 0
+    is_damaged: bool = False
+    """The ledger itself is not as it was written."""
 
     def blame(self, what: str) -> None:
         """Something is wrong."""
@@ -54,6 +56,8 @@ class Verdict:
         lines = [f"wrong: {what}" for what in self.wrong]
         if self.hidden:
             lines.append(f"… and {self.hidden} more")
+        if self.is_damaged:
+            lines.append("note: `batchrun salvage JOB` makes a ledger of what is as it was settled")
         lines += [f"note: {what}" for what in self.notes]
         if not self.wrong:
             lines.append(f"verified: {self.attempts} attempts and {self.rows} rows agree, and no promise was broken")
@@ -82,9 +86,11 @@ def verify(job: Job) -> Verdict:
         for text in damage:
             verdict.blame(f"the file is damaged: {text}")
         if damage:
+            verdict.is_damaged = True
             return verdict
         _check_references(ledger, verdict)
         _check_attempts(ledger, verdict)
+        verdict.is_damaged = bool(verdict.wrong)
         _check_runs(ledger, verdict)
         _check_amendments(ledger, verdict)
         _check_caps(ledger, verdict)

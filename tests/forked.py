@@ -8,6 +8,7 @@ from its very beginning, to show what it imports, starts Python itself (`Workspa
 from __future__ import annotations
 
 import atexit
+import contextlib
 import importlib
 import json
 import os
@@ -15,9 +16,33 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from pathlib import Path
 from typing import Any
+
+
+class Fork:
+    """A process that runs by itself."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+
+    def kill(self) -> None:
+        """Kill it, unless it has ended by itself; afterwards it is gone."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+        while _is_alive(self.pid):
+            time.sleep(0.002)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    stat = Path(f"/proc/{pid}/stat")
+    return not (stat.exists() and stat.read_text().rpartition(")")[2].split()[0] == "Z")
 
 
 class Forks:
@@ -38,6 +63,15 @@ class Forks:
         """Run a function, named as `module:name`, with arguments that JSON can carry: 0, or 1 if it raised."""
         env = dict(os.environ)
         return self._call({"target": target, "arguments": arguments, "cwd": ".", "env": env, "timeout": timeout})
+
+    def start(self, args: tuple[str, ...], cwd: Path, env: dict[str, str]) -> Fork:
+        """Start the command line, to be killed."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        call = {"args": args, "cwd": str(cwd), "env": env, "out": os.devnull, "err": os.devnull, "is_free": True}
+        self._process.stdin.write(json.dumps(call) + "\n")
+        self._process.stdin.flush()
+        return Fork(int(self._process.stdout.readline()))
 
     def _call(self, call: dict[str, Any]) -> tuple[int, str, str]:
         assert self._process.stdin is not None
@@ -65,6 +99,9 @@ def _serve() -> None:
 
     for line in sys.stdin:
         call = json.loads(line)
+        if "is_free" in call:
+            print(_detached(call), flush=True)
+            continue
         pid = os.fork()
         if pid == 0:
             _become(call)
@@ -73,6 +110,23 @@ def _serve() -> None:
         _, status = os.waitpid(pid, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
         print(os.waitstatus_to_exitcode(status), flush=True)
+
+
+def _detached(call: dict[str, Any]) -> int:
+    """A grandchild, so that nobody has to wait for it; its process id."""
+    ours, theirs = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        child = os.fork()
+        if child == 0:
+            _become(call)
+        os.write(theirs, str(child).encode())
+        os._exit(0)
+    os.waitpid(pid, 0)
+    number = int(os.read(ours, 32))
+    os.close(ours)
+    os.close(theirs)
+    return number
 
 
 def _become(call: dict[str, Any]) -> None:

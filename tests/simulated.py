@@ -309,12 +309,12 @@ def invoke(world: World, defect: str | None = None) -> int:
     said: list[str] = []
     try:
         summary = invocation.run(job, options, {"AIML_API_KEY": "sk-simulated"}, say=said.append, stream=None)
+        if provider.db is not None:
+            provider.db.close()
+        violations = provider.violations + list(violations_of_the_output(world, job, summary))
     except BatchrunError as exc:
         print(exc, file=sys.stderr)
         return int(exc.exit_code)
-    if provider.db is not None:
-        provider.db.close()
-    violations = provider.violations + list(violations_of_the_output(world, job, summary))
     for violation in violations:
         print(violation, file=sys.stderr)
     if summary.exit_code == 70:

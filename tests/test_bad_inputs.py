@@ -230,14 +230,40 @@ def read_all(job: str) -> None:
 
 # --- answers ------------------------------------------------------------------------------------------------
 
-NAMES = ["choices", "message", "delta", "content", "usage", "prompt_tokens", "completion_tokens", "meta", "usd_spent", "credits_used", "error", "code", "tool_calls", "function", "arguments", "index", "finish_reason", "x_groq", "event", "state", "reasoning_details", "text", "total_tokens"]
+NAMES = [
+    "choices",
+    "message",
+    "delta",
+    "content",
+    "usage",
+    "prompt_tokens",
+    "completion_tokens",
+    "meta",
+    "usd_spent",
+    "credits_used",
+    "error",
+    "code",
+    "tool_calls",
+    "function",
+    "arguments",
+    "index",
+    "finish_reason",
+    "x_groq",
+    "event",
+    "state",
+    "reasoning_details",
+    "text",
+    "total_tokens",
+]
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(NAMES), inner, max_size=4),
     max_leaves=20,
 )
-BITS = [b"data:", b"event:", b"id: 1", b"\n", b"\r", b"\r\n", b" ", b'{"a":1}', b"[DONE]", b":", b"\xef\xbb\xbf", b"x",
-        b"\xff", b"{", b"}"]  # fmt: skip
+BITS = [
+    *(b"data:", b"event:", b"id: 1", b"\n", b"\r", b"\r\n", b" ", b'{"a":1}', b"[DONE]", b":", b"\xef\xbb\xbf", b"x"),
+    *(b"\xff", b"{", b"}"),
+]
 
 
 def outcome(raw: bytes, *, streamed: bool) -> Answer | Failure:

@@ -54,3 +54,37 @@ def test_broken_off_at_every_step_in_every_way(tmp_path: Path, kind: str, what: 
 def test_a_power_cut_after_every_step(tmp_path: Path, kind: str, part: int) -> None:
     code, stderr = _call("cut_the_power", tmp_path, kind=kind, part=part, parts=2)
     assert code == 0, stderr
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was killed in the middle."""
+    folder = tmp_path_factory.mktemp("killed")
+    code, _, stderr = forks().function("tests.damages:make", folder=str(folder))
+    assert code == 0, stderr
+    return folder
+
+
+DAMAGES = ["cut", "cut log", "cut folded log", "blank", "noise"]
+
+
+@pytest.mark.parametrize("what", DAMAGES)
+def test_a_damaged_ledger_is_gone_on_with_or_refused_with_a_way_out(tmp_path: Path, killed: Path, what: str) -> None:
+    code, _, stderr = forks().function(
+        "tests.damages:damage",
+        made=str(killed),
+        folder=str(tmp_path),
+        what=what,
+        part=0,
+        parts=6 if what in ("blank", "noise") else 30,
+    )
+    assert code == 0, stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", DAMAGES)
+def test_a_ledger_that_is_damaged_anywhere(tmp_path: Path, killed: Path, what: str) -> None:
+    code, _, stderr = forks().function(
+        "tests.damages:damage", made=str(killed), folder=str(tmp_path), what=what, part=0, parts=1
+    )
+    assert code == 0, stderr

@@ -31,7 +31,7 @@ FLOORS = [
         "estimate",
         "provider_log",
     },
-    {"runner", "starter", "plan"},
+    {"runner", "starter", "plan", "salvage"},
     {"spending"},
     {"delivery"},
     {"invocation", "offline", "reconcile", "verify"},
@@ -74,8 +74,8 @@ def test_only_one_room_knows_each_outside_thing() -> None:
         "click": {"cli"},
         "tqdm": {"progress"},
         "xllamacpp": {"local"}, "jinja2": {"template", "sandbox"}, "ruamel": {"jobfile"}, "filelock": {"lock"},
-        "sqlite3": {"ledger", "ledger_view", "migrations", "uniqueness"},
-        "zstandard": {"ledger", "ledger_view", "verify"},
+        "sqlite3": {"ledger", "ledger_view", "migrations", "uniqueness", "salvage"},
+        "zstandard": {"ledger", "ledger_view", "verify", "salvage"},
         "genai_prices": {"price_sources"},
     }  # fmt: skip
     users: dict[str, set[str]] = {name: set() for name in owners}

@@ -1,0 +1,396 @@
+"""A damaged ledger → a whole one with all of it that can still be read, and what could not be told.
+
+Attempts are numbered without gaps, so that what is lost can be counted: a lost attempt stays on record as one of
+unknown outcome and cost, without a row. Each attempt that is read is held against its seal.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+from collections.abc import Iterable, Iterator
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import zstandard
+
+from batchrun.errors import JobError, StorageError
+from batchrun.folders import sync_folder
+from batchrun.job import Job
+from batchrun.ledger_view import INTENT_COLUMNS, NO_ROW, SEAL_MASK, SETTLEMENT_COLUMNS, digest, seal, storage
+from batchrun.migrations import create_tables
+from batchrun.records import now_us
+
+_AT_ONCE = 1024
+_COUNTS = ("attempts", "settled", "seals")
+_LOST = "what became of it was lost with a damaged ledger"
+_HAS: dict[str, dict[str, type]] = {
+    "owner": {"job_name": str, "job_path": str},
+    "run": {"run": int, "run_id": str, "started_at": int, "state": str},
+    "invocation": {
+        "invocation": int, "run": int, "started_at": int, "version": str, "pid": int, "host": str, "job": str,
+        "endpoint": str,
+    },
+    "attempt": {
+        "attempt_id": int, "run": int, "invocation": int, "row_index": int, "model": str, "sample": int, "key": str,
+        "number": int, "client_request_id": str, "sent_at": int, "final": int,
+    },
+    "amendment": {"amendment": int, "origin": str, "amended_at": int, "after_attempt": int},
+}  # fmt: skip
+"""What a row of a table cannot be without."""
+_Row = dict[str, Any]
+
+
+@dataclass
+class Salvage:
+    """What was saved."""
+
+    kept: Path | None = None
+    """Where the damaged ledger is; None if it was whole."""
+    attempts: int = 0
+    lost_attempts: int = 0
+    lost_answers: int = 0
+    is_as_told: bool = True
+    """What was read is what the runs say that they did."""
+
+    @property
+    def is_all(self) -> bool:
+        """True if nothing is lost."""
+        return not (self.lost_attempts or self.lost_answers)
+
+    def lines(self) -> list[str]:
+        """A short text."""
+        if self.kept is None:
+            return ["the ledger is whole: there is nothing to salvage"]
+        lines = [f"saved {self.attempts} attempts; the damaged ledger is kept as {self.kept}"]
+        if self.lost_attempts:
+            lines.append(
+                f"{self.lost_attempts} attempts are lost: they count as unknown, and the rows that they answered will "
+                "be asked and paid for again"
+            )
+        if self.lost_answers:
+            lines.append(
+                f"the answers of {self.lost_answers} more are lost: their rows will be asked and paid for again"
+            )
+        return lines
+
+
+def salvage(job: Job) -> Salvage:
+    """Put a whole ledger in the place of a damaged one. The caller holds its lock.
+
+    Raises:
+        JobError: there is none, or it is another job's.
+        StorageError: nothing of it can be read, or the new one cannot be written.
+    """
+    path = job.ledger_path
+    if not path.exists():
+        raise JobError(f"there is nothing to salvage: no run of this job is in {path}")
+    with storage(path), closing(_Damaged(path)) as damaged:
+        beside = path.with_name(f".{path.name}.new")
+        beside.unlink(missing_ok=True)
+        os.close(os.open(beside, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+        try:
+            with closing(sqlite3.connect(beside, isolation_level=None)) as db:
+                create_tables(db)
+                db.execute("BEGIN")
+                saved = _fill(db, damaged, job)
+                db.execute("COMMIT")
+            if saved.is_all and saved.is_as_told and damaged.is_whole():
+                beside.unlink()
+                return Salvage()
+        except BaseException:
+            beside.unlink(missing_ok=True)
+            raise
+        saved.kept = _put_aside(path)
+        beside.replace(path)
+        sync_folder(path.parent)
+    return saved
+
+
+def _put_aside(path: Path) -> Path:
+    """Keep the damaged file with its log under another name: a log must never meet a ledger that is not its own."""
+    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+    kept = path.with_name(f"{path.name}.damaged-{stamp}")
+    os.link(path, kept)
+    for ending in ("-wal", "-shm"):
+        with suppress(FileNotFoundError):
+            path.with_name(f"{path.name}{ending}").replace(kept.with_name(f"{kept.name}{ending}"))
+    return kept
+
+
+class _Damaged:
+    """A ledger of which some pages cannot be read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._db = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None)
+        # Otherwise a file that was cut short is refused as a whole.
+        self._db.execute("PRAGMA writable_schema = ON")
+        self._db.row_factory = lambda cursor, row: dict(
+            zip([name for name, *_ in cursor.description], row, strict=True)
+        )
+
+    def close(self) -> None:
+        self._db.close()
+
+    def is_whole(self) -> bool:
+        """True if SQLite finds nothing wrong with the file."""
+        try:
+            self._db.execute("PRAGMA writable_schema = OFF")
+            found = [next(iter(row.values())) for row in self._db.execute("PRAGMA integrity_check(1)")]
+        except sqlite3.DatabaseError:
+            return False
+        else:
+            return found == ["ok"]
+        finally:
+            self._db.execute("PRAGMA writable_schema = ON")
+
+    def columns(self, table: str) -> list[str]:
+        """Of a table as it is in this file; older ones have fewer."""
+        try:
+            return [row["name"] for row in self._db.execute(f"PRAGMA table_info({table})")]
+        except sqlite3.DatabaseError:
+            return []
+
+    def rows(self, table: str, most: int | None = None) -> Iterator[_Row]:
+        """What can be read of a table, by the numbers of its rows up to `most`; where a page is broken, around it."""
+        if not self.columns(table):
+            return
+        if most is None:
+            most = self.newest(table)
+        start = 0
+        while start <= most:
+            for row in self._between(table, start, min(most + 1, start + _AT_ONCE)):
+                # A broken page can hold rows that never were.
+                if all(isinstance(row.get(name), kind) for name, kind in _HAS[table].items()):
+                    yield row
+            start += _AT_ONCE
+
+    def count(self, table: str) -> int | None:
+        """How many rows a table has; None if that cannot be read."""
+        try:
+            return int(self._db.execute(f"SELECT count(*) AS number FROM {table}").fetchone()["number"])
+        except sqlite3.DatabaseError:
+            return None
+
+    def answer(self, attempt_id: int) -> _Row | None:
+        """An attempt's answer, if it can be read and unpacked."""
+        try:
+            row: _Row | None = self._db.execute("SELECT * FROM answer WHERE attempt_id = ?", (attempt_id,)).fetchone()
+        except sqlite3.DatabaseError:
+            return None
+        return row if row is not None and _body(row) is not None else None
+
+    def all_rows(self, table: str) -> list[_Row]:
+        """What can be read of a table whose rows have no numbers, up to the first broken page."""
+        found: list[_Row] = []
+        with suppress(sqlite3.DatabaseError):
+            for row in self._db.execute(f"SELECT * FROM {table}"):
+                found.append(row)  # noqa: PERF402 - those before the error are kept
+        return found
+
+    def _between(self, table: str, start: int, stop: int) -> Iterator[_Row]:
+        try:
+            sql = f"SELECT * FROM {table} WHERE rowid >= ? AND rowid < ? ORDER BY rowid"
+            found = self._db.execute(sql, (start, stop)).fetchall()
+        except sqlite3.DatabaseError:
+            if stop - start > 1:
+                middle = (start + stop) // 2
+                yield from self._between(table, start, middle)
+                yield from self._between(table, middle, stop)
+            return
+        yield from found
+
+    def newest(self, table: str) -> int:
+        """The highest number of its rows."""
+        try:
+            return int(self._db.execute(f"SELECT max(rowid) AS newest FROM {table}").fetchone()["newest"] or 0)
+        except sqlite3.DatabaseError:
+            return 100_000  # of runs, invocations and amendments there are never as many
+
+
+# --- into a new file ----------------------------------------------------------------------------------------
+
+
+def _fill(db: sqlite3.Connection, damaged: _Damaged, job: Job) -> Salvage:
+    owner = next(iter(damaged.rows("owner")), None)
+    own = {"job_name": job.name, "job_path": os.path.relpath(job.path, damaged.path.parent)}
+    if owner is not None and any(owner[name] != value for name, value in own.items()):
+        raise JobError(f"{damaged.path} is the ledger of the job {owner['job_name']!r}, not of this one")
+    attempts = _Attempts(db, damaged)
+    saved = attempts.copy()
+    if not saved.attempts and not attempts.runs:
+        raise StorageError(
+            f"nothing of {damaged.path} can be read: bring it back from a backup; or, if its answers may be paid for "
+            "again, delete it"
+        )
+    _copy(db, "run", attempts.runs.values())
+    _copy(db, "invocation", attempts.invocations.values())
+    _copy(db, "price_list", damaged.all_rows("price_list"))
+    _copy(db, "row_fault", [row for row in damaged.all_rows("row_fault") if row["run"] in attempts.runs])
+    amendments = _copy_corrections(db, damaged)
+    _copy(db, "owner", [own | {"runs": len(attempts.runs), "amendments": amendments}])
+    return saved
+
+
+class _Attempts:
+    """Attempts with their answers, one after the other, and the runs and invocations that they belong to."""
+
+    def __init__(self, db: sqlite3.Connection, damaged: _Damaged) -> None:
+        self._db = db
+        self._damaged = damaged
+        self.runs = {row["run"]: row for row in damaged.rows("run")}
+        self.invocations = {row["invocation"]: row for row in damaged.rows("invocation") if not _is_other_job(row)}
+        self._known = sum(row.get("attempts") or 0 for row in self.runs.values())
+        self._lost_in: set[int] = set()
+        self._told: dict[int, tuple[Any, ...]] = {}
+        self._saved = Salvage()
+        for table, found in (("run", self.runs), ("invocation", self.invocations)):
+            self._saved.is_as_told &= damaged.count(table) == len(found)
+        for run in self.runs.values():
+            self._told[run["run"]] = tuple(run.get(name) for name in _COUNTS)
+            run |= {"attempts": 0, "settled": 0, "seals": 0, "is_written": 0, "input": _to_be_placed(run["input"])}
+
+    def copy(self) -> Salvage:
+        """Copy what is as it was settled; what is missing becomes an attempt of unknown outcome."""
+        before = self._before_the_first()
+        next_id = 1
+        for row in self._damaged.rows("attempt", max(self._known, self._damaged.newest("attempt"))):
+            attempt = dict.fromkeys((*INTENT_COLUMNS, *SETTLEMENT_COLUMNS, "seal")) | row
+            answer = self._damaged.answer(row["attempt_id"])
+            if _is_altered(attempt, answer):
+                continue  # no telling what of it is true
+            for missing in range(next_id, row["attempt_id"]):
+                self._put_lost(missing, before)
+            next_id, before = row["attempt_id"] + 1, attempt
+            self._saved.attempts += 1
+            self._put(attempt, answer)
+        for missing in range(next_id, self._known + 1):
+            self._put_lost(missing, before)
+        self._saved.is_as_told &= all(
+            value in (None, self.runs[number][name])  # an old ledger does not tell
+            for number, told in self._told.items()
+            for name, value in zip(_COUNTS, told, strict=True)
+        )
+        for number in self._lost_in:
+            self.runs[number]["state"] = "open" if number == max(self.runs) else "abandoned"
+        return self._saved
+
+    def _before_the_first(self) -> _Row:
+        """Where attempts belong that were lost before any that is left."""
+        first = min(self.runs, default=1)
+        run = self.runs.get(first, {"started_at": now_us()})
+        return {"run": first, "invocation": min(self.invocations, default=1), "sent_at": run["started_at"]}
+
+    def _put(self, attempt: _Row, answer: _Row | None) -> None:
+        if attempt["outcome"] == "ok" and answer is None:
+            # It was paid for, and what it brought is gone: the row is to be asked again.
+            attempt |= {"outcome": "failed", "final": 0, "error_kind": "lost", "error": f"lost: its answer, {_LOST}"}
+            self._saved.lost_answers += 1
+        if attempt["error_kind"] == "lost":
+            self._lost_in.add(attempt["run"])
+        self._stand_in(attempt)
+        run = self.runs[attempt["run"]]
+        run["attempts"] += 1
+        if attempt["outcome"] is not None:
+            run["settled"] += 1
+            if attempt["seal"] is not None or attempt["error_kind"] == "lost":
+                attempt["seal"] = _sealed(attempt, answer)
+                run["seals"] = (run["seals"] + attempt["seal"]) & SEAL_MASK
+        _copy(self._db, "attempt", [attempt])
+        if answer is not None:
+            _copy(self._db, "answer", [answer])
+
+    def _put_lost(self, attempt_id: int, beside: _Row) -> None:
+        self._saved.lost_attempts += 1
+        self._put(
+            dict.fromkeys((*INTENT_COLUMNS, *SETTLEMENT_COLUMNS, "seal")) | {
+                "attempt_id": attempt_id, "run": beside["run"], "invocation": beside["invocation"],
+                "row_index": NO_ROW, "model": "", "sample": 0, "key": "", "number": 1,
+                "client_request_id": f"lost:{attempt_id}", "sent_at": beside["sent_at"], "settled_at": now_us(),
+                "outcome": "unknown", "final": 0, "error_kind": "lost", "error": f"lost: {_LOST}",
+            },
+            None,
+        )  # fmt: skip
+
+    def _stand_in(self, attempt: _Row) -> None:
+        """A run and an invocation for an attempt whose own are lost, by what the attempt says of them."""
+        number, invocation = attempt["run"], attempt["invocation"]
+        if number not in self.runs:
+            run_id = attempt["client_request_id"].rpartition(":")[0].rpartition(":")[0] or f"lost-{number}"
+            self.runs[number] = {
+                "run": number, "run_id": run_id, "started_at": attempt["sent_at"], "ended_at": None, "state": "open",
+                "input": None, "attempts": 0, "settled": 0, "seals": 0, "is_written": 0,
+            }  # fmt: skip
+            self._lost_in.add(number)
+        if invocation not in self.invocations:
+            self.invocations[invocation] = {
+                "invocation": invocation, "run": number, "started_at": attempt["sent_at"], "ended_at": None,
+                "exit_code": None, "reason": "lost", "version": "", "pid": 0, "host": "", "job": "{}", "endpoint": "",
+            }  # fmt: skip
+
+
+def _is_other_job(invocation: _Row) -> bool:
+    sealed = invocation.get("seal")
+    return sealed is not None and sealed != seal((invocation["run"], invocation["job"], invocation["endpoint"]))
+
+
+def _is_altered(attempt: _Row, answer: _Row | None) -> bool:
+    if attempt["seal"] is None or attempt["outcome"] is None or (attempt["outcome"] == "ok" and answer is None):
+        return False
+    return bool(attempt["seal"] != _sealed(attempt, answer))
+
+
+def _sealed(attempt: _Row, answer: _Row | None) -> int:
+    body = (_body(answer) or b"") if answer is not None else b""
+    return seal((*(attempt[name] for name in (*INTENT_COLUMNS, *SETTLEMENT_COLUMNS)), digest(body)))
+
+
+def _body(answer: _Row) -> bytes | None:
+    try:
+        body = zstandard.ZstdDecompressor().decompress(answer["body"])
+    except (zstandard.ZstdError, TypeError):
+        return None
+    return body if len(body) == answer["size"] else None
+
+
+def _to_be_placed(text: str | None) -> str | None:
+    """A run's input, so that its answers are placed in their rows anew."""
+    try:
+        placed = json.loads(text or "")
+        placed.pop("bounds", None)
+    except (ValueError, AttributeError):
+        return None
+    return json.dumps(placed)
+
+
+def _copy_corrections(db: sqlite3.Connection, damaged: _Damaged) -> int:
+    """What was learnt of the attempts that are left; the number of amendments."""
+    amendments = {row["amendment"]: row | {"corrections": 0, "seals": 0} for row in damaged.rows("amendment")}
+    for row in damaged.all_rows("correction"):
+        if row["amendment"] not in amendments:
+            continue
+        _copy(db, "correction", [row])
+        amendment = amendments[row["amendment"]]
+        amendment["corrections"] += 1
+        values = (row["attempt_id"], row["amendment"], row["usd_pico"], row["cost_source"])
+        amendment["seals"] = (amendment["seals"] + seal(values)) & SEAL_MASK
+    _copy(db, "amendment", amendments.values())
+    return len(amendments)
+
+
+def _copy(db: sqlite3.Connection, table: str, rows: Iterable[_Row]) -> None:
+    for row in rows:
+        names = [name for name in _columns(db, table) if name in row]
+        db.execute(
+            f"INSERT INTO {table} ({', '.join(names)}) VALUES ({', '.join('?' * len(names))})",
+            [row[name] for name in names],
+        )
+
+
+def _columns(db: sqlite3.Connection, table: str) -> list[str]:
+    return [row[1] for row in db.execute(f"PRAGMA table_info({table})")]
