@@ -276,8 +276,12 @@ class _Attempts:
             for number, told in self._told.items()
             for name, value in zip(_COUNTS, told, strict=True)
         )
-        for number in self._lost_in:
-            self.runs[number]["state"] = "open" if number == max(self.runs) else "abandoned"
+        newest = max((number for number, run in self.runs.items() if run["attempts"]), default=0)
+        for number, run in self.runs.items():
+            if number in self._lost_in:
+                run["state"] = "open" if number == newest else "abandoned"
+            elif number > newest and newest in self._lost_in:
+                run["state"] = "abandoned"  # it has sent nothing, and must not stand before the one to be gone on with
         return self._saved
 
     def _before_the_first(self) -> _Row:
