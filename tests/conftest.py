@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -179,6 +181,17 @@ def work(tmp_path: Path) -> Workspace:
     folder = tmp_path / "work"
     folder.mkdir()
     return Workspace(folder)
+
+
+@pytest.fixture
+def quick_path(tmp_path: Path) -> Iterator[Path]:
+    """A folder in memory, if there is room: for tests that write much, and bring their own disk."""
+    memory = Path("/dev/shm")
+    if not memory.is_dir() or shutil.disk_usage(memory).free < 2**30:
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir=memory, prefix="batchrun-") as folder:
+        yield Path(folder)
 
 
 @pytest.fixture

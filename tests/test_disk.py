@@ -21,20 +21,20 @@ def _call(name: str, folder: Path, **arguments: object) -> tuple[int, str]:
     ("what", "part", "parts"),
     [("kill", 0, 2), ("kill", 1, 2), ("fail", 0, 3), ("full", 0, 3)],
 )
-def test_broken_off_at_every_step(tmp_path: Path, what: str, part: int, parts: int) -> None:
-    code, stderr = _call("break_off", tmp_path, kind="capped", what=what, part=part, parts=parts)
+def test_broken_off_at_every_step(quick_path: Path, what: str, part: int, parts: int) -> None:
+    code, stderr = _call("break_off", quick_path, kind="capped", what=what, part=part, parts=parts)
     assert code == 0, stderr
 
 
 @pytest.mark.parametrize("kind", KINDS[:2])
-def test_a_power_cut_after_a_step(tmp_path: Path, kind: str) -> None:
-    code, stderr = _call("cut_the_power", tmp_path, kind=kind, parts=9)
+def test_a_power_cut_after_a_step(quick_path: Path, kind: str) -> None:
+    code, stderr = _call("cut_the_power", quick_path, kind=kind, parts=9)
     assert code == 0, stderr
 
 
-def test_an_output_that_is_not_synced_before_its_rename_is_seen(tmp_path: Path) -> None:
+def test_an_output_that_is_not_synced_before_its_rename_is_seen(quick_path: Path) -> None:
     code, stderr = _call(
-        "cut_the_power", tmp_path, kind="plain", parts=1, last=30, defect="renames_before_it_is_synced"
+        "cut_the_power", quick_path, kind="plain", parts=1, last=30, defect="renames_before_it_is_synced"
     )
     assert code == 1
     assert "half of an output stands in its place" in stderr
@@ -43,16 +43,16 @@ def test_an_output_that_is_not_synced_before_its_rename_is_seen(tmp_path: Path) 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("what", ["kill", "tear", "fail", "full"])
-def test_broken_off_at_every_step_in_every_way(tmp_path: Path, kind: str, what: str) -> None:
-    code, stderr = _call("break_off", tmp_path, kind=kind, what=what)
+def test_broken_off_at_every_step_in_every_way(quick_path: Path, kind: str, what: str) -> None:
+    code, stderr = _call("break_off", quick_path, kind=kind, what=what)
     assert code == 0, stderr
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("part", range(2))
-def test_a_power_cut_after_every_step(tmp_path: Path, kind: str, part: int) -> None:
-    code, stderr = _call("cut_the_power", tmp_path, kind=kind, part=part, parts=2)
+def test_a_power_cut_after_every_step(quick_path: Path, kind: str, part: int) -> None:
+    code, stderr = _call("cut_the_power", quick_path, kind=kind, part=part, parts=2)
     assert code == 0, stderr
 
 
@@ -69,11 +69,11 @@ DAMAGES = ["cut", "cut log", "cut folded log", "blank", "noise"]
 
 
 @pytest.mark.parametrize("what", DAMAGES)
-def test_a_damaged_ledger_is_gone_on_with_or_refused_with_a_way_out(tmp_path: Path, killed: Path, what: str) -> None:
+def test_a_damaged_ledger_is_gone_on_with_or_refused_with_a_way_out(quick_path: Path, killed: Path, what: str) -> None:
     code, _, stderr = forks().function(
         "tests.damages:damage",
         made=str(killed),
-        folder=str(tmp_path),
+        folder=str(quick_path),
         what=what,
         part=0,
         parts=6 if what in ("blank", "noise") else 30,
@@ -83,8 +83,8 @@ def test_a_damaged_ledger_is_gone_on_with_or_refused_with_a_way_out(tmp_path: Pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", DAMAGES)
-def test_a_ledger_that_is_damaged_anywhere(tmp_path: Path, killed: Path, what: str) -> None:
+def test_a_ledger_that_is_damaged_anywhere(quick_path: Path, killed: Path, what: str) -> None:
     code, _, stderr = forks().function(
-        "tests.damages:damage", made=str(killed), folder=str(tmp_path), what=what, part=0, parts=1
+        "tests.damages:damage", made=str(killed), folder=str(quick_path), what=what, part=0, parts=1
     )
     assert code == 0, stderr
