@@ -290,20 +290,18 @@ async def _timeout(seconds: float) -> AsyncIterator[None]:
     """
     loop = asyncio.get_running_loop()
     async with asyncio.timeout(None) as limit:
-
-        def expire(due: float) -> None:
-            if loop.time() - due < _STOPPED_SECONDS:
-                limit.reschedule(loop.time())
-            else:
-                again = loop.time() + min(seconds, _GRACE_SECONDS)
-                pending[0] = loop.call_at(again, expire, again)
-
         due = loop.time() + seconds
-        pending = [loop.call_at(due, expire, due)]
+
+        def expire() -> None:
+            was_stopped = loop.time() - due >= _STOPPED_SECONDS
+            grace = min(seconds, _GRACE_SECONDS) if was_stopped else 0.0
+            limit.reschedule(loop.time() + grace)
+
+        timer = loop.call_at(due, expire)
         try:
             yield
         finally:
-            pending[0].cancel()
+            timer.cancel()
 
 
 class _Connector(aiohttp.TCPConnector):

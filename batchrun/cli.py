@@ -210,7 +210,8 @@ def verify(job: Path, as_json: bool) -> None:
 
 @cli.command()
 @_JOB
-def salvage(job: Path) -> None:
+@_ADOPT
+def salvage(job: Path, adopt_ledger: bool) -> None:
     """Put a whole ledger in the place of a damaged one, with all of it that can be read; exit 1 if some is lost."""
     from batchrun.job import load_job
     from batchrun.lock import held
@@ -219,7 +220,7 @@ def salvage(job: Path) -> None:
     with held(loaded.ledger_path):
         from batchrun.salvage import salvage
 
-        saved = salvage(loaded)
+        saved = salvage(loaded, adopt=adopt_ledger)
     for line in saved.lines():
         _say(line)
     sys.exit(ExitCode.OK if saved.is_all else ExitCode.ROWS_FAILED)

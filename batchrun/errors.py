@@ -109,6 +109,7 @@ class BrokenPromiseError(BatchrunError):
     exit_code = ExitCode.BUG
 
     def __init__(self, promise: Promise, found: str, ledger: Path | str) -> None:
+        self.promise = promise
         super().__init__(
             f"a promise was broken, {promise.value!r}: {found}. This is a bug in batchrun, and nothing more is sent: "
             f"please report it with this message, and keep {ledger} as it is (with its -wal)"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-_CHUNK = bytes(1024 * 1024)
+_CHUNK = 1024 * 1024
 
 
 def fill(path: Path, size: int) -> None:
@@ -16,9 +16,10 @@ def fill(path: Path, size: int) -> None:
     """
     if path.exists() and path.stat().st_size >= size:
         return
+    chunk = os.urandom(_CHUNK)  # zeros take up nothing where the disk compresses
     with path.open("wb") as fp:
-        for start in range(0, size, len(_CHUNK)):
-            fp.write(_CHUNK[: size - start])
+        for start in range(0, size, _CHUNK):
+            fp.write(chunk[: size - start])
 
 
 def sync_folder(folder: Path) -> None:

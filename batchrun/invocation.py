@@ -24,7 +24,7 @@ from batchrun.prices import Pricing
 from batchrun.progress import Progress
 from batchrun.projection import Projection, project
 from batchrun.records import Request
-from batchrun.runner import NO_ROOM, Runner, Stop
+from batchrun.runner import ASKED_AGAIN, NO_ROOM, Runner, Stop
 from batchrun.sink import check_writable
 from batchrun.spending import cap_reached, check_cap, open_budget, pricing_of, rows_left
 from batchrun.summary import Summary
@@ -98,7 +98,6 @@ def run(job: Job, options: Options, environ: Mapping[str, str], *, say: Say, str
         ledger.begin_invocation(current, job=job.snapshot(), endpoint=plan.endpoint.identity)
         context = _Context(plan, ledger, current, options, say, stream)
         with _end_recorded(ledger, current):
-            ledger.reserve_room(job.concurrency)
             rows = place(plan, ledger, current)
             settled = _announce(context, rows)
             ended = _ask(context, rows, settled)
@@ -161,6 +160,7 @@ def _ask(context: _Context, rows: int, settled: int) -> _Ended:
     first = next(pending, None)
     if first is None:
         return _Ended()
+    ledger.reserve_room(plan.job.concurrency)
     pricing = pricing_of(plan.job, plan.endpoint, plan.job.model, ledger, say=context.say)
     budget = open_budget(plan, ledger, current, pricing)
     server = None
@@ -181,6 +181,7 @@ def _ask(context: _Context, rows: int, settled: int) -> _Ended:
         if progress is not None:
             progress.close()
         del server
+        ledger.release_room()
 
 
 def _draw(rows: Iterator[int], number: int) -> set[int]:
@@ -271,6 +272,8 @@ def _finish(context: _Context, rows: int, ended: _Ended) -> Summary:
     """Write the output and settle how the invocation ended."""
     plan, ledger, current, say = context.plan, context.ledger, context.run, context.say
     stop = ended.stop
+    if stop is not None and stop.reason == ASKED_AGAIN and _has_changed(plan, ledger, current):
+        stop = Stop(ExitCode.ROWS_FAILED, "input_changed", "the input was changed, and changed back, under the run")
     is_broken = stop is not None and stop.exit_code in _BROKEN
     is_changed = stop is not None and stop.reason == "input_changed"
     is_readable = True
@@ -308,6 +311,11 @@ def _finish(context: _Context, rows: int, ended: _Ended) -> Summary:
         summary = replace(summary, output=str(output))
     ledger.end_invocation(current, exit_code=exit_code, reason=reason, is_finished=is_whole and stop is None)
     return summary
+
+
+def _has_changed(plan: Plan, ledger: Ledger, current: Run) -> bool:
+    placed = ledger.placed_input(current)
+    return placed is not None and plan.source.fingerprint() != placed["files"]
 
 
 def _projected(summary: Summary, ledger: Ledger, concurrency: int) -> Projection:

@@ -53,7 +53,7 @@ from batchrun.records import (
     now_us,
 )
 
-_ROOM_PER_ANSWER = 64 * 1024
+_ROOM_PER_ANSWER = 128 * 1024
 _LEAST_ROOM = 1024 * 1024
 _MOST_ROOM = 64 * 1024 * 1024
 
@@ -91,7 +91,7 @@ class Ledger(LedgerView):
         """
         with storage(path):
             if not path.exists():
-                _create(path)
+                _create(Path(os.path.realpath(path)))
             wal = _wal(path)
             has_log = wal.exists() and wal.stat().st_size > 0
             db = sqlite3.connect(path, isolation_level=None)
@@ -109,7 +109,9 @@ class Ledger(LedgerView):
                 ledger = cls(db, path)
                 ledger._own(job_name, job_path, adopt)
                 ledger._settle_orphans()
-                ledger.has_lost_log = ledger._bury() and not has_log
+                ledger.has_lost_log = ledger._has_died() and not has_log
+                if not ledger.has_lost_log:
+                    ledger._bury()
             except BaseException:
                 db.close()
                 raise
@@ -156,6 +158,7 @@ class Ledger(LedgerView):
 
     def begin_invocation(self, run: Run, *, job: dict[str, Any], endpoint: str) -> None:
         """Record that a process works on a run."""
+        self._bury()
         with self._transaction():
             text = _json(job)
             cursor = self._db.execute(
@@ -185,15 +188,25 @@ class Ledger(LedgerView):
                     raise
 
     def make_room(self) -> None:
-        """Give back what was reserved, and fold the write-ahead log in: what is in flight is to be recorded yet."""
+        """Give back what was reserved: what is in flight is to be recorded yet.
+
+        If that was not enough, the write-ahead log is folded in. Not before: it takes up more of a full disk, and helps
+        only where the log itself may not grow.
+        """
         with suppress(OSError, sqlite3.Error):
+            if self._reserve.exists():
+                self._reserve.unlink()
+            else:
+                self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    def release_room(self) -> None:
+        """Nothing is in flight any more: what was reserved is for whoever needs it."""
+        with suppress(OSError):
             self._reserve.unlink(missing_ok=True)
-            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def close(self) -> None:
         """Close the file; SQLite folds the write-ahead log into it."""
-        with suppress(OSError):
-            self._reserve.unlink(missing_ok=True)
+        self.release_room()
         super().close()
 
     def keep_prices(self, prices: dict[str, Any]) -> None:
@@ -482,11 +495,16 @@ class Ledger(LedgerView):
                 "there; `batchrun salvage JOB` saves what can be read"
             )
 
-    def _bury(self) -> bool:
-        """Note that the last process died at work; False if it did not."""
+    def _has_died(self) -> bool:
+        """True if the last process died at work, and nobody has noted it."""
+        newest = "invocation = (SELECT max(invocation) FROM invocation)"
+        return (
+            self._value(f"SELECT 1 FROM invocation WHERE {newest} AND ended_at IS NULL AND reason IS NULL") is not None
+        )
+
+    def _bury(self) -> None:
         with self._transaction():
-            dead = self._db.execute("UPDATE invocation SET reason = 'died' WHERE ended_at IS NULL AND reason IS NULL")
-            return dead.rowcount > 0
+            self._db.execute("UPDATE invocation SET reason = 'died' WHERE ended_at IS NULL AND reason IS NULL")
 
     def _execute_script(self, sql: str) -> None:
         with storage(self.path):
@@ -588,7 +606,9 @@ def _identity(path: Path) -> tuple[int, int]:
 
 
 def _wal(path: Path) -> Path:
-    return path.with_name(f"{path.name}-wal")
+    """SQLite puts it beside the file itself, not beside a link to it."""
+    real = Path(os.path.realpath(path))
+    return real.with_name(f"{real.name}-wal")
 
 
 def _outcome(

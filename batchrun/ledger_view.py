@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from decimal import Decimal
 from hashlib import blake2b
 from pathlib import Path
@@ -112,7 +112,7 @@ class LedgerView:
                 "ORDER BY invocation DESC LIMIT 1",
                 (run.run,),
             ).fetchone()
-        return Snapshot(json.loads(row[0]), row[1], row[2]) if row else None
+        return Snapshot(self.document(row[0]), row[1], row[2]) if row else None
 
     def last_placed(self) -> tuple[Run, Snapshot] | None:
         """The newest run that has got as far as its input, and what it was worked by; None if there never was one."""
@@ -123,8 +123,16 @@ class LedgerView:
     def placed_input(self, run: Run) -> dict[str, Any] | None:
         """The input that the run's groups are placed by, with its number of `rows`; None before the first `place`."""
         text = self._value("SELECT input FROM run WHERE run = ?", run.run)
-        found = json.loads(text) if text is not None else None
-        assert found is None or isinstance(found, dict)
+        return self.document(text) if text is not None else None
+
+    def document(self, text: str) -> dict[str, Any]:
+        """A column that holds a JSON object."""
+        try:
+            found = json.loads(text)
+        except ValueError as exc:
+            raise StorageError(f"the ledger {self.path}: {exc}{_MEND}") from exc
+        if not isinstance(found, dict):
+            raise StorageError(f"the ledger {self.path}: {text[:60]!r} should be an object{_MEND}")
         return found
 
     def has_answers(self) -> bool:
@@ -242,7 +250,7 @@ class LedgerView:
     def price_list(self, url: str) -> tuple[str | None, int, bytes] | None:
         """ETag, time and body of a provider's list as it came last; None if it never came."""
         for etag, fetched_at, body in self.rows("SELECT etag, fetched_at, body FROM price_list WHERE url = ?", (url,)):
-            with storage(self.path):
+            with suppress(zstandard.ZstdError):  # it can be asked for again
                 return etag, fetched_at, zstandard.ZstdDecompressor().decompress(body)
         return None
 
@@ -297,8 +305,7 @@ def storage(path: Path) -> Iterator[None]:
         yield
     except (sqlite3.Error, zstandard.ZstdError) as exc:
         is_damaged = isinstance(exc, zstandard.ZstdError) or any(word in str(exc) for word in _DAMAGED)
-        mend = "; it has been damaged: `batchrun salvage JOB` saves what can be read" if is_damaged else ""
-        raise StorageError(f"the ledger {path}: {exc}{mend}") from exc
+        raise StorageError(f"the ledger {path}: {exc}{_MEND if is_damaged else ''}") from exc
     except OSError as exc:
         raise StorageError(f"the ledger {path}: {exc.strerror or exc}") from exc
 
@@ -307,6 +314,7 @@ def seconds(microseconds: int | None) -> float | None:
     return microseconds / 1e6 if microseconds is not None else None
 
 
+_MEND = "; it has been damaged: `batchrun salvage JOB` saves what can be read"
 _DAMAGED = ("malformed", "not a database", "decode to UTF-8")
 NO_ROW = -1
 """The row of an attempt whose row is not known any more."""

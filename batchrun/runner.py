@@ -23,7 +23,7 @@ from batchrun.ledger import Ledger
 from batchrun.ledger_view import Run
 from batchrun.money import NOT_BILLED, from_pico, usd_text
 from batchrun.pacing import Pacing
-from batchrun.records import Action, Exchange, Failure, Intent, Request, Reservation, Settlement, now_us
+from batchrun.records import Action, Exchange, Failure, Intent, Request, Reservation, Settlement, Slot, now_us
 from batchrun.retry import Retries, is_providers_fault
 
 _WAITING_PER_SLOT = 4
@@ -35,9 +35,11 @@ _DURABLE_GAP = 0.01
 _FIRST = 20
 """Attempts or rows that must not all fail alike at the start of a run."""
 _WALLS = 3
-"""Rows in a row that are told to wait for longer than they may."""
+"""Rows that are told to wait for longer than they may, without an answer between; or times that a lone row is."""
 _WALL_PAUSE = 1.0
 _SHORTEST_OUTAGE = 60.0
+_LAST_TRIES = 3
+"""Each makes more room on a full disk than the one before."""
 _ROWS_OWN = ("bad_request", "not_found", "forbidden", "redirect", "malformed", "timeout", "disconnect")
 
 
@@ -59,6 +61,8 @@ class Stop:
     """A second signal: nothing is awaited, not even the writing of the output."""
 
 
+ASKED_AGAIN = "asked_again"
+"""The reason of a stop: an answered row was about to be asked."""
 NO_ROOM = Stop(ExitCode.LIMIT, "budget", "the next row does not fit into the budget")
 
 
@@ -70,6 +74,8 @@ class _Work:
     started: float | None = field(default=None, compare=False)
     retry_state: Any = field(default=None, compare=False)
     tries: int = field(default=0, compare=False)
+    walls: int = field(default=0, compare=False)
+    """How often it was told to wait for longer than it may."""
 
 
 class Runner:
@@ -136,11 +142,13 @@ class Runner:
         finally:
             for worker in self._workers:
                 worker.cancel()
-        try:
-            self._journal.flush()
-            self._ledger.sync()
-        except Exception as exc:  # noqa: BLE001 - how the run ended must be told all the same
-            self._fail(exc)
+        for _ in range(_LAST_TRIES):
+            try:
+                self._journal.flush()
+                self._ledger.sync()
+                break
+            except Exception as exc:  # noqa: BLE001 - how the run ended must be told all the same
+                self._fail(exc)
         if self.stop is not None and self.stop.exit_code in _SIGNALLED and not self._has_left():
             self.stop = None  # the signal came when all was done
         return self.stop
@@ -283,7 +291,9 @@ class Runner:
                     heapq.heappush(self._waiting, work)
                     return False, None
                 if is_providers_fault(failure) and not self._health.has_answered_since(work.started):
-                    if self._health.note_wall() >= _WALLS:
+                    work.walls += 1
+                    is_alone = work.walls >= _WALLS and self._budget.in_flight == 0
+                    if is_alone or self._health.note_wall(work.request) >= _WALLS:
                         # No row fares better: more of them would only be used up against the same wall.
                         return False, _unavailable(failure)
                     work.due, work.order = self._clock() + _WALL_PAUSE, next(self._order)
@@ -297,6 +307,9 @@ class Runner:
             case InputError():
                 # It was read whole before the first request: it has changed since.
                 stop = Stop(ExitCode.ROWS_FAILED, "input_changed", str(exc))
+            case BrokenPromiseError(promise=Promise.PAID_ONCE):
+                # Or an input that was changed back meanwhile: whoever reads it next will know.
+                stop = Stop(exc.exit_code, ASKED_AGAIN, str(exc))
             case BatchrunError():
                 stop = Stop(exc.exit_code, "storage" if exc.exit_code == ExitCode.STORAGE else "bug", str(exc))
             case _:
@@ -464,7 +477,7 @@ class _Health:
         self._max_seconds = max_seconds
         self._last_success = now
         self._failed_since = 0
-        self._walls = 0
+        self._walls: set[Slot] = set()
         self._refused_in_a_row = 0
         self._attempts = 0
         self._only_unreachable = True
@@ -481,7 +494,7 @@ class _Health:
                 self._rejected.add("")
             self._settled_rows += 1
             self._last_success, self._failed_since, self._only_unreachable = now, 0, False
-            self._walls = 0
+            self._walls.clear()
             self._refused_in_a_row = 0
             return None
         self._failed_since += 1
@@ -497,10 +510,10 @@ class _Health:
             return Stop(ExitCode.PROVIDER, "outage", f"no answer for {silence:.0f} s: {failure}; run again later")
         return None
 
-    def note_wall(self) -> int:
-        """Take a row that may not wait for as long as it is told; how many there were since the last answer."""
-        self._walls += 1
-        return self._walls
+    def note_wall(self, request: Request) -> int:
+        """Take a row that may not wait for as long as it is told; how many such rows there were since an answer."""
+        self._walls.add(request.slot)
+        return len(self._walls)
 
     def has_answered_since(self, moment: float | None) -> bool:
         """True if any row was answered or refused after a moment by the clock."""

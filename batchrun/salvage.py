@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -25,7 +25,12 @@ from batchrun.ledger_view import INTENT_COLUMNS, NO_ROW, SEAL_MASK, SETTLEMENT_C
 from batchrun.migrations import create_tables
 from batchrun.records import now_us
 
+_BESIDE = ("-wal", "-shm")
+_SMALLEST_ROW = 64
+"""Bytes that an attempt takes at least: a bound on how many there can be."""
 _AT_ONCE = 1024
+_NOT_ITS_FAULT = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_NOMEM)
+_STATES = ("open", "finished", "abandoned")
 _COUNTS = ("attempts", "settled", "seals")
 _LOST = "what became of it was lost with a damaged ledger"
 _HAS: dict[str, dict[str, type]] = {
@@ -39,9 +44,16 @@ _HAS: dict[str, dict[str, type]] = {
         "attempt_id": int, "run": int, "invocation": int, "row_index": int, "model": str, "sample": int, "key": str,
         "number": int, "client_request_id": str, "sent_at": int, "final": int,
     },
-    "amendment": {"amendment": int, "origin": str, "amended_at": int, "after_attempt": int},
+    "amendment": {
+        "amendment": int, "origin": str, "amended_at": int, "after_attempt": int, "corrections": int, "seals": int,
+    },
+    "correction": {"attempt_id": int, "amendment": int, "usd_pico": int, "cost_source": str},
+    "moved": {"run": int, "row_index": int, "model": str, "sample": int, "key": str},
+    "row_fault": {"run": int, "row_index": int, "model": str, "sample": int, "error": str},
 }  # fmt: skip
 """What a row of a table cannot be without."""
+_NUMBERED_BY = {"correction": "attempt_id", "moved": "row_index", "row_fault": "row_index"}
+"""Of tables whose rows have no numbers of their own: the number that they are read by."""
 _Row = dict[str, Any]
 
 
@@ -54,13 +66,14 @@ class Salvage:
     attempts: int = 0
     lost_attempts: int = 0
     lost_answers: int = 0
+    lost_corrections: int = 0
     is_as_told: bool = True
     """What was read is what the runs say that they did."""
 
     @property
     def is_all(self) -> bool:
         """True if nothing is lost."""
-        return not (self.lost_attempts or self.lost_answers)
+        return not (self.lost_attempts or self.lost_answers or self.lost_corrections)
 
     def lines(self) -> list[str]:
         """A short text."""
@@ -76,19 +89,26 @@ class Salvage:
             lines.append(
                 f"the answers of {self.lost_answers} more are lost: their rows will be asked and paid for again"
             )
+        if self.lost_corrections:
+            lines.append(
+                f"{self.lost_corrections} corrections of costs are lost: `batchrun reconcile` or `batchrun export "
+                "--reprice` learns them again"
+            )
         return lines
 
 
-def salvage(job: Job) -> Salvage:
+def salvage(job: Job, *, adopt: bool = False) -> Salvage:
     """Put a whole ledger in the place of a damaged one. The caller holds its lock.
 
     Raises:
         JobError: there is none, or it is another job's.
         StorageError: nothing of it can be read, or the new one cannot be written.
     """
-    path = job.ledger_path
+    path = Path(os.path.realpath(job.ledger_path))  # its log stands beside the file, not beside a link to it
     if not path.exists():
         raise JobError(f"there is nothing to salvage: no run of this job is in {path}")
+    with storage(path):
+        _undo(path)
     with storage(path), closing(_Damaged(path)) as damaged:
         beside = path.with_name(f".{path.name}.new")
         beside.unlink(missing_ok=True)
@@ -97,7 +117,7 @@ def salvage(job: Job) -> Salvage:
             with closing(sqlite3.connect(beside, isolation_level=None)) as db:
                 create_tables(db)
                 db.execute("BEGIN")
-                saved = _fill(db, damaged, job)
+                saved = _fill(db, damaged, job, adopt=adopt)
                 db.execute("COMMIT")
             if saved.is_all and saved.is_as_told and damaged.is_whole():
                 beside.unlink()
@@ -116,10 +136,21 @@ def _put_aside(path: Path) -> Path:
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
     kept = path.with_name(f"{path.name}.damaged-{stamp}")
     os.link(path, kept)
-    for ending in ("-wal", "-shm"):
+    for ending in _BESIDE:
         with suppress(FileNotFoundError):
             path.with_name(f"{path.name}{ending}").replace(kept.with_name(f"{kept.name}{ending}"))
     return kept
+
+
+def _undo(path: Path) -> None:
+    """Take back what a salvage that was killed has put aside: its log belongs to the ledger that still stands."""
+    for kept in path.parent.glob(f"{path.name}.damaged-*"):
+        if kept.name.endswith(_BESIDE) or not kept.samefile(path):
+            continue
+        for ending in _BESIDE:
+            with suppress(FileNotFoundError):
+                kept.with_name(f"{kept.name}{ending}").replace(path.with_name(f"{path.name}{ending}"))
+        kept.unlink()
 
 
 class _Damaged:
@@ -127,6 +158,10 @@ class _Damaged:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        log = path.with_name(f"{path.name}-wal")
+        size = path.stat().st_size + (log.stat().st_size if log.exists() else 0)
+        self.plausible = 1024 + size // _SMALLEST_ROW
+        """No row has a higher number, unless it is broken."""
         self._db = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None)
         # Otherwise a file that was cut short is refused as a whole.
         self._db.execute("PRAGMA writable_schema = ON")
@@ -160,8 +195,8 @@ class _Damaged:
         """What can be read of a table, by the numbers of its rows up to `most`; where a page is broken, around it."""
         if not self.columns(table):
             return
-        if most is None:
-            most = self.newest(table)
+        newest = self.newest(table)
+        most = min(self.plausible, newest if most is None else max(most, newest))
         start = 0
         while start <= most:
             for row in self._between(table, start, min(most + 1, start + _AT_ONCE)):
@@ -185,19 +220,14 @@ class _Damaged:
             return None
         return row if row is not None and _body(row) is not None else None
 
-    def all_rows(self, table: str) -> list[_Row]:
-        """What can be read of a table whose rows have no numbers, up to the first broken page."""
-        found: list[_Row] = []
-        with suppress(sqlite3.DatabaseError):
-            for row in self._db.execute(f"SELECT * FROM {table}"):
-                found.append(row)  # noqa: PERF402 - those before the error are kept
-        return found
-
     def _between(self, table: str, start: int, stop: int) -> Iterator[_Row]:
         try:
-            sql = f"SELECT * FROM {table} WHERE rowid >= ? AND rowid < ? ORDER BY rowid"
+            number = _NUMBERED_BY.get(table, "rowid")
+            sql = f"SELECT * FROM {table} WHERE {number} >= ? AND {number} < ? ORDER BY {number}"
             found = self._db.execute(sql, (start, stop)).fetchall()
-        except sqlite3.DatabaseError:
+        except sqlite3.DatabaseError as exc:
+            if getattr(exc, "sqlite_errorcode", None) in _NOT_ITS_FAULT:
+                raise
             if stop - start > 1:
                 middle = (start + stop) // 2
                 yield from self._between(table, start, middle)
@@ -208,19 +238,23 @@ class _Damaged:
     def newest(self, table: str) -> int:
         """The highest number of its rows."""
         try:
-            return int(self._db.execute(f"SELECT max(rowid) AS newest FROM {table}").fetchone()["newest"] or 0)
+            number = _NUMBERED_BY.get(table, "rowid")
+            return int(self._db.execute(f"SELECT max({number}) AS newest FROM {table}").fetchone()["newest"] or 0)
         except sqlite3.DatabaseError:
-            return 100_000  # of runs, invocations and amendments there are never as many
+            return self.plausible
 
 
 # --- into a new file ----------------------------------------------------------------------------------------
 
 
-def _fill(db: sqlite3.Connection, damaged: _Damaged, job: Job) -> Salvage:
+def _fill(db: sqlite3.Connection, damaged: _Damaged, job: Job, *, adopt: bool) -> Salvage:
     owner = next(iter(damaged.rows("owner")), None)
     own = {"job_name": job.name, "job_path": os.path.relpath(job.path, damaged.path.parent)}
-    if owner is not None and any(owner[name] != value for name, value in own.items()):
-        raise JobError(f"{damaged.path} is the ledger of the job {owner['job_name']!r}, not of this one")
+    if owner is not None and not adopt and any(owner[name] != value for name, value in own.items()):
+        raise JobError(
+            f"{damaged.path} is the ledger of the job {owner['job_name']!r} in {owner['job_path']}, not of this one; "
+            "if it is, add --adopt-ledger"
+        )
     attempts = _Attempts(db, damaged)
     saved = attempts.copy()
     if not saved.attempts and not attempts.runs:
@@ -228,12 +262,16 @@ def _fill(db: sqlite3.Connection, damaged: _Damaged, job: Job) -> Salvage:
             f"nothing of {damaged.path} can be read: bring it back from a backup; or, if its answers may be paid for "
             "again, delete it"
         )
-    _copy(db, "run", attempts.runs.values())
-    _copy(db, "invocation", attempts.invocations.values())
-    _copy(db, "price_list", damaged.all_rows("price_list"))
-    _copy(db, "row_fault", [row for row in damaged.all_rows("row_fault") if row["run"] in attempts.runs])
-    amendments = _copy_corrections(db, damaged)
-    _copy(db, "owner", [own | {"runs": len(attempts.runs), "amendments": amendments}])
+    saved.is_as_told &= owner is not None
+    for table, rows in (("run", attempts.runs), ("invocation", attempts.invocations)):
+        for row in rows.values():
+            _put(db, table, row)
+    for table in ("moved", "row_fault"):
+        for row in damaged.rows(table):
+            _put(db, table, row)
+    known = (owner or {}).get("amendments") or 0
+    amendments = _copy_corrections(db, damaged, known, saved)
+    _put(db, "owner", own | {"runs": len(attempts.runs), "amendments": amendments})
     return saved
 
 
@@ -245,13 +283,21 @@ class _Attempts:
         self._damaged = damaged
         self.runs = {row["run"]: row for row in damaged.rows("run")}
         self.invocations = {row["invocation"]: row for row in damaged.rows("invocation") if not _is_other_job(row)}
-        self._known = sum(row.get("attempts") or 0 for row in self.runs.values())
+        counts = [row.get("attempts") for row in self.runs.values()]
+        self._known = min(damaged.plausible, sum(count for count in counts if isinstance(count, int)))
         self._lost_in: set[int] = set()
         self._told: dict[int, tuple[Any, ...]] = {}
         self._saved = Salvage()
         for table, found in (("run", self.runs), ("invocation", self.invocations)):
             self._saved.is_as_told &= damaged.count(table) == len(found)
+        for invocation in self.invocations.values():
+            if invocation["ended_at"] is None and invocation["reason"] is None:
+                invocation["reason"] = "died"
         for run in self.runs.values():
+            if run["state"] not in _STATES:
+                run["state"] = "finished" if run["ended_at"] else "open"
+                self._saved.is_as_told = False
+            self._saved.is_as_told &= run["input"] is None or _is_object(run["input"])
             self._told[run["run"]] = tuple(run.get(name) for name in _COUNTS)
             run |= {"attempts": 0, "settled": 0, "seals": 0, "is_written": 0, "input": _to_be_placed(run["input"])}
 
@@ -262,13 +308,14 @@ class _Attempts:
         for row in self._damaged.rows("attempt", max(self._known, self._damaged.newest("attempt"))):
             attempt = dict.fromkeys((*INTENT_COLUMNS, *SETTLEMENT_COLUMNS, "seal")) | row
             answer = self._damaged.answer(row["attempt_id"])
-            if _is_altered(attempt, answer):
+            if row["attempt_id"] < next_id or _is_altered(attempt, answer):
                 continue  # no telling what of it is true
             for missing in range(next_id, row["attempt_id"]):
                 self._put_lost(missing, before)
-            next_id, before = row["attempt_id"] + 1, attempt
-            self._saved.attempts += 1
-            self._put(attempt, answer)
+            next_id = row["attempt_id"]
+            if self._put(attempt, answer):
+                next_id, before = next_id + 1, attempt
+                self._saved.attempts += 1
         for missing in range(next_id, self._known + 1):
             self._put_lost(missing, before)
         self._saved.is_as_told &= all(
@@ -290,24 +337,25 @@ class _Attempts:
         run = self.runs.get(first, {"started_at": now_us()})
         return {"run": first, "invocation": min(self.invocations, default=1), "sent_at": run["started_at"]}
 
-    def _put(self, attempt: _Row, answer: _Row | None) -> None:
+    def _put(self, attempt: _Row, answer: _Row | None) -> bool:
         if attempt["outcome"] == "ok" and answer is None:
             # It was paid for, and what it brought is gone: the row is to be asked again.
             attempt |= {"outcome": "failed", "final": 0, "error_kind": "lost", "error": f"lost: its answer, {_LOST}"}
             self._saved.lost_answers += 1
         if attempt["error_kind"] == "lost":
             self._lost_in.add(attempt["run"])
+        if attempt["outcome"] is not None and (attempt["seal"] is not None or attempt["error_kind"] == "lost"):
+            attempt["seal"] = _sealed(attempt, answer)
+        if not _put(self._db, "attempt", attempt):
+            return False
+        if answer is not None:
+            _put(self._db, "answer", answer)
         self._stand_in(attempt)
         run = self.runs[attempt["run"]]
         run["attempts"] += 1
-        if attempt["outcome"] is not None:
-            run["settled"] += 1
-            if attempt["seal"] is not None or attempt["error_kind"] == "lost":
-                attempt["seal"] = _sealed(attempt, answer)
-                run["seals"] = (run["seals"] + attempt["seal"]) & SEAL_MASK
-        _copy(self._db, "attempt", [attempt])
-        if answer is not None:
-            _copy(self._db, "answer", [answer])
+        run["settled"] += attempt["outcome"] is not None
+        run["seals"] = (run["seals"] + (attempt["seal"] or 0)) & SEAL_MASK
+        return True
 
     def _put_lost(self, attempt_id: int, beside: _Row) -> None:
         self._saved.lost_attempts += 1
@@ -340,7 +388,9 @@ class _Attempts:
 
 def _is_other_job(invocation: _Row) -> bool:
     sealed = invocation.get("seal")
-    return sealed is not None and sealed != seal((invocation["run"], invocation["job"], invocation["endpoint"]))
+    if sealed is None:
+        return not _is_object(invocation["job"])
+    return bool(sealed != seal((invocation["run"], invocation["job"], invocation["endpoint"])))
 
 
 def _is_altered(attempt: _Row, answer: _Row | None) -> bool:
@@ -362,39 +412,57 @@ def _body(answer: _Row) -> bytes | None:
     return body if len(body) == answer["size"] else None
 
 
+def _is_object(text: Any) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except (ValueError, TypeError):
+        return False
+
+
 def _to_be_placed(text: str | None) -> str | None:
     """A run's input, so that its answers are placed in their rows anew."""
-    try:
-        placed = json.loads(text or "")
-        placed.pop("bounds", None)
-    except (ValueError, AttributeError):
+    if not _is_object(text):
         return None
+    assert text is not None
+    placed = json.loads(text)
+    placed.pop("bounds", None)
     return json.dumps(placed)
 
 
-def _copy_corrections(db: sqlite3.Connection, damaged: _Damaged) -> int:
-    """What was learnt of the attempts that are left; the number of amendments."""
-    amendments = {row["amendment"]: row | {"corrections": 0, "seals": 0} for row in damaged.rows("amendment")}
-    for row in damaged.all_rows("correction"):
-        if row["amendment"] not in amendments:
-            continue
-        _copy(db, "correction", [row])
-        amendment = amendments[row["amendment"]]
-        amendment["corrections"] += 1
-        values = (row["attempt_id"], row["amendment"], row["usd_pico"], row["cost_source"])
-        amendment["seals"] = (amendment["seals"] + seal(values)) & SEAL_MASK
-    _copy(db, "amendment", amendments.values())
-    return len(amendments)
+def _copy_corrections(db: sqlite3.Connection, damaged: _Damaged, known: int, saved: Salvage) -> int:
+    """What was learnt of costs, if all of an amendment is as it was; the number of amendments.
+
+    A correction has no seal of its own: one that is lost or altered makes its whole amendment doubtful.
+    """
+    found: dict[int, list[_Row]] = {}
+    for row in damaged.rows("correction"):
+        found.setdefault(row["amendment"], []).append(row)
+    kept = 0
+    for amendment in damaged.rows("amendment"):
+        rows = found.pop(amendment["amendment"], [])
+        values = [(row["attempt_id"], row["amendment"], row["usd_pico"], row["cost_source"]) for row in rows]
+        is_sound = (len(rows), sum(map(seal, values)) & SEAL_MASK) == (amendment["corrections"], amendment["seals"])
+        if is_sound and _put(db, "amendment", amendment):
+            kept += 1
+            for row in rows:
+                _put(db, "correction", row)
+        else:
+            saved.lost_corrections += max(1, len(rows), min(amendment["corrections"], damaged.plausible))
+    lost = max(known - kept, len(found)) if found or kept < known else 0
+    if lost and not saved.lost_corrections:
+        saved.lost_corrections = max(lost, sum(map(len, found.values())))
+    return kept
 
 
-def _copy(db: sqlite3.Connection, table: str, rows: Iterable[_Row]) -> None:
-    for row in rows:
-        names = [name for name in _columns(db, table) if name in row]
+def _put(db: sqlite3.Connection, table: str, row: _Row) -> bool:
+    """Insert a row; False if it is one that never was."""
+    columns = [column[1] for column in db.execute(f"PRAGMA table_info({table})")]
+    names = [name for name in columns if name in row]
+    try:
         db.execute(
             f"INSERT INTO {table} ({', '.join(names)}) VALUES ({', '.join('?' * len(names))})",
             [row[name] for name in names],
         )
-
-
-def _columns(db: sqlite3.Connection, table: str) -> list[str]:
-    return [row[1] for row in db.execute(f"PRAGMA table_info({table})")]
+    except (sqlite3.IntegrityError, sqlite3.InterfaceError, OverflowError):
+        return False
+    return True

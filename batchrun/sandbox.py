@@ -7,11 +7,21 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from datetime import date, datetime, time, timedelta
+from collections.abc import (
+    Callable,
+    Collection,
+    ItemsView,
+    Iterable,
+    Iterator,
+    KeysView,
+    Mapping,
+    ValuesView,
+)
+from datetime import date, datetime, time, timedelta, tzinfo
 from decimal import Decimal
 from functools import wraps
 from typing import Any
+from uuid import UUID
 
 from jinja2 import StrictUndefined, Undefined, meta, nodes, pass_context
 from jinja2.environment import TemplateExpression
@@ -23,13 +33,15 @@ _MOST_TEXT = 10_000_000
 """Characters that an operation may make; what a column holds may be longer."""
 _MOST_ITEMS = 1_000_000
 _MOST_BITS = 10_000
-_MOST_NUMBER = 1_000_000
+_MOST_NUMBER = 10_000
 """For widths, counts and places."""
 _MOST_OUTPUT = 100_000_000
-_WIDTH = re.compile(r"\d{5,}|\*")
-_PLAIN = (str, int, float, bool, Decimal, date, datetime, time, timedelta, bytes)
-_SIZED = {"center", "wordwrap", "batch", "slice", "round", "truncate", "urlize"}
-_TAKES_NULL = {"default", "d", "tojson"}
+_PRINTF_WIDTH = re.compile(r"%(?:\([^)]*\))?[-+ #0]*(?:\d{0,3}\.)?(?:\*|\d{4,})")
+_BRACE_WIDTH = re.compile(r"\{[^{}]*:[^{}]*\d{4,}")
+_PLAIN = (str, int, float, bool, Decimal, date, datetime, time, timedelta, bytes, UUID, range, tzinfo)
+_VIEWS = (KeysView, ValuesView, ItemsView)
+_SIZED = {"center", "batch", "slice", "round"}
+_TAKES_NULL = {"default", "d", "tojson", "int", "float"}
 _OTHER_TEMPLATES = (nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends)
 
 
@@ -61,24 +73,27 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self.written = 0
         for name, function in list(self.filters.items()):
             if name not in _TAKES_NULL:
-                self.filters[name] = _guarded(name, function)
-        self.filters["tojson"] = lambda value, indent=None: json.dumps(
-            value, ensure_ascii=False, default=to_json, indent=indent
-        )
+                self.filters[name] = _guarded(name, function, self.step)
+
+        def tojson(value: Any, indent: int | None = None) -> str:
+            _check_numbers([100 * (indent or 0)])
+            return json.dumps(value, ensure_ascii=False, default=to_json, indent=indent)
+
+        self.filters["tojson"] = tojson
         self.filters[_COUNTED] = self._counted
-        self.filters[_TEXT] = _text
+        self.filters[_JOINED] = _joined
 
     def begin(self) -> None:
         """One row's template is about to be rendered."""
         self.steps = self.written = 0
 
-    def step(self) -> None:
-        """A turn of a loop or a call.
+    def step(self, number: int = 1) -> None:
+        """Turns of a loop, calls, or items that a filter goes through.
 
         Raises:
             SecurityError: there were too many in this rendering.
         """
-        self.steps += 1
+        self.steps += number
         if self.steps > _MOST_STEPS:
             raise SecurityError(f"it takes more than {_MOST_STEPS} steps")
 
@@ -103,10 +118,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
         for loop in list(tree.find_all(nodes.For)):
             loop.iter = nodes.Filter(loop.iter, _COUNTED, [], [], None, None, lineno=loop.lineno, environment=self)
         for joined in list(tree.find_all(nodes.Concat)):
-            joined.nodes = [
-                nodes.Filter(node, _TEXT, [], [], None, None, lineno=joined.lineno, environment=self)
-                for node in joined.nodes
-            ]
+            parts = nodes.List(joined.nodes, lineno=joined.lineno, environment=self)
+            joined.nodes = [nodes.Filter(parts, _JOINED, [], [], None, None, lineno=joined.lineno, environment=self)]
         return tree, names
 
     def text_of(self, text: str) -> tuple[Callable[[Mapping[str, Any]], str], set[str]]:
@@ -139,7 +152,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         owner = getattr(method, "__self__", None)
         if isinstance(owner, (str, bytes)):
             _check_method(owner, getattr(method, "__name__", ""), args, kwargs)
-        return super().call(context, obj, *args, **kwargs)
+        return _checked(super().call(context, obj, *args, **kwargs))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         """An operation inside of a template, its result bounded before it is made."""
@@ -149,10 +162,13 @@ class Sandbox(ImmutableSandboxedEnvironment):
             case "**":
                 _check_power(left, right)
             case "+" if isinstance(left, str) and isinstance(right, str):
-                _check_size(len(left) + len(right))
+                _check_output(len(left) + len(right))
+            case "+" if isinstance(left, (list, tuple)) and isinstance(right, (list, tuple)):
+                self.step(len(left) + len(right))
             case "%" if isinstance(left, str):
-                _check_format(left, right if isinstance(right, tuple) else (right,))
-        return super().call_binop(context, operator, left, right)
+                values = right.values() if isinstance(right, Mapping) else right
+                _check_format(left, values if isinstance(right, (tuple, Mapping)) else (right,))
+        return _checked(super().call_binop(context, operator, left, right))
 
     def _counted(self, items: Any) -> Iterator[Any]:
         if items is None:
@@ -163,7 +179,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
 
 _COUNTED = "batchrun counted"
-_TEXT = "batchrun text"
+_JOINED = "batchrun joined"
 
 
 @pass_context  # which also keeps Jinja from working outputs out when it compiles them
@@ -204,7 +220,7 @@ def _check_plain(value: Any) -> None:
             str(item)
         elif isinstance(item, Mapping):
             held += [*item.keys(), *item.values()]
-        elif isinstance(item, (list, tuple, set, frozenset)):
+        elif isinstance(item, (list, tuple, set, frozenset, *_VIEWS)):
             held += item
         elif item is not None and not isinstance(item, _PLAIN):
             kind = type(item).__name__
@@ -213,6 +229,25 @@ def _check_plain(value: Any) -> None:
 
 
 # --- bounds -------------------------------------------------------------------------------------------------
+
+
+def _joined(parts: list[Any]) -> str:
+    """What stands between `~`."""
+    texts = [str(_text(part)) for part in parts]
+    _check_output(sum(map(len, texts)))
+    return "".join(texts)
+
+
+def _checked(value: Any) -> Any:
+    """A result, before it is used again: what doubles with each turn is stopped in time."""
+    if isinstance(value, (str, bytes)):
+        _check_output(len(value))
+    return value
+
+
+def _check_output(size: int) -> None:
+    if size > _MOST_OUTPUT:
+        raise SecurityError(f"it makes a text of more than {_MOST_OUTPUT} characters")
 
 
 def _check_size(size: int) -> None:
@@ -244,8 +279,8 @@ def _check_power(left: Any, right: Any) -> None:
 
 def _check_format(text: str, values: Iterable[Any]) -> None:
     """A format of printf or of `str.format`: no nulls, no width that fills the memory."""
-    if _WIDTH.search(text):
-        raise SecurityError("a format with such a width")
+    if _PRINTF_WIDTH.search(text.replace("%%", "")) or _BRACE_WIDTH.search(text):
+        raise SecurityError("a format has a width of more than 999, or takes it from a value")
     for value in values:
         _text(value)
 
@@ -262,6 +297,9 @@ def _check_method(owner: str | bytes, name: str, args: tuple[Any, ...], kwargs: 
         _check_join(owner, args)
     elif name == "replace":
         _check_replace(owner, args)
+    elif name == "translate":
+        longest = max((len(text) for item in args for text in item.values() if isinstance(text, str)), default=1)
+        _check_size(len(owner) * longest)
     elif name in ("center", "ljust", "rjust", "zfill", "expandtabs"):
         _check_numbers(values)
 
@@ -278,8 +316,8 @@ def _check_replace(text: Any, args: tuple[Any, ...]) -> None:
         _check_size(times * len(args[1]))
 
 
-def _guarded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """A filter that makes no text of null, and nothing too big."""
+def _guarded(name: str, function: Callable[..., Any], step: Callable[[int], None]) -> Callable[..., Any]:
+    """A filter that makes no text of null, and nothing too big; `step` is told how many items it goes through."""
     before = int(hasattr(function, "jinja_pass_arg"))  # a context comes first
 
     @wraps(function)
@@ -287,13 +325,20 @@ def _guarded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         value, *others = args[before:]
         if value is None:
             raise NullError
+        if isinstance(value, (list, tuple, range)):
+            step(len(value))
         if name == "join":
             if not isinstance(value, (str, Mapping)):
                 value = [_text(item) for item in value]
             separator = others[0] if others else kwargs.get("d", "")
+            _text(separator)
+            step(len(value))
             _check_join(separator if isinstance(separator, str) else "", (value,))
         elif name == "replace":
-            _check_replace(value, tuple(others))
+            parts = [*others, *kwargs.values()]
+            for part in parts[:2]:
+                _text(part)
+            _check_replace(value, tuple(parts))
         elif name == "format":
             _check_format(str(value), [*others, *kwargs.values()])
         elif name == "string":
@@ -304,6 +349,6 @@ def _guarded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
             _check_size(len(value) + value.count("\n") * (width if isinstance(width, int) else len(str(width))))
         elif name in _SIZED:
             _check_numbers([*others, *kwargs.values()])
-        return function(*args[:before], value, *others, **kwargs)
+        return _checked(function(*args[:before], value, *others, **kwargs))
 
     return guarded

@@ -19,6 +19,7 @@ class Scrubber:
 
     def __init__(self, secrets: Iterable[str]) -> None:
         self._secrets = [secret for secret in secrets if secret]
+        self._keys = [secret for secret in self._secrets if len(secret) >= 12 and re.search(r"\d", secret)]
         # As they are, and as a JSON document would write them.
         self._forms = [
             form.encode()
@@ -43,8 +44,8 @@ class Scrubber:
         return text
 
     def is_in(self, texts: Iterable[str | None]) -> bool:
-        """True if any of the texts holds a secret."""
-        return any(secret in text for text in texts if text for secret in self._secrets)
+        """True if any of the texts holds a secret that is no word: one that nobody writes by chance."""
+        return any(secret in text for text in texts if text for secret in self._keys)
 
     def _replaced(self, raw: bytes) -> bytes:
         for form in self._forms:

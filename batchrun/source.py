@@ -314,7 +314,10 @@ def _find_files(job: Job) -> list[_File]:
     else:
         found_paths = sorted(Path(found) for found in glob.glob(str(path), recursive=True))  # noqa: PTH207 - Path.glob wants a root
         # Links can lead to the same file by many ways: its rows are asked once.
-        paths = list({os.path.realpath(found): found for found in reversed(found_paths)}.values())[::-1]
+        by_file: dict[str, Path] = {}
+        for found in found_paths:
+            by_file.setdefault(os.path.realpath(found), found)
+        paths = list(by_file.values())
         if not paths:
             raise InputError(f"input: there is no file {path}")
     files = []

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from datetime import date, datetime, time
+from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from hashlib import blake2b
 from typing import Any
+from uuid import UUID
 
 from jinja2 import TemplateError, Undefined
 from jinja2.exceptions import SecurityError, TemplateSyntaxError, UndefinedError
@@ -186,7 +187,7 @@ def _typed(value: Any) -> Any:
     if value is None:
         raise NullError
     if isinstance(value, Undefined):
-        str(value)  # raises, naming what is undefined
+        return str(value)  # raises, naming what is undefined; an `if` without `else` gives the empty text
     return value
 
 
@@ -244,6 +245,8 @@ def plain_json(value: Any) -> Any:
         return int(value) if value == value.to_integral_value() and abs(value) < 2**63 else float(value)
     if isinstance(value, (datetime, date, time)):
         return value.isoformat()
+    if isinstance(value, (UUID, timedelta)):
+        return str(value)
     if isinstance(value, bytes):
         return value.decode("utf-8", errors="replace")
     raise ValueError(f"a {type(value).__name__} has no form in JSON")

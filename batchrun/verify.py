@@ -179,7 +179,11 @@ def _named(attempt: dict[str, Any]) -> str:
 
 def _check_runs(ledger: LedgerView, verdict: Verdict) -> None:
     """No run is missing, no answer was paid for twice within one, and a finished run has nothing left."""
-    ((runs, amendments),) = ledger.rows("SELECT runs, amendments FROM owner")
+    owners = ledger.rows("SELECT runs, amendments FROM owner")
+    if len(owners) != 1:
+        verdict.blame("the ledger does not say whose it is")
+        verdict.is_damaged = True
+    ((runs, amendments),) = owners or [(0, 0)]
     ((found_runs, found_amendments),) = ledger.rows(
         "SELECT (SELECT count(*) FROM run), (SELECT count(*) FROM amendment)"
     )
@@ -234,7 +238,7 @@ def _check_caps(ledger: LedgerView, verdict: Verdict) -> None:
     caps = {
         invocation: Cap(to_pico(Decimal(str(budget["usd"]))), budget.get("per", "run"))
         for invocation, text in ledger.rows("SELECT invocation, job FROM invocation")
-        if (budget := json.loads(text).get("budget"))
+        if (budget := ledger.document(text).get("budget"))
     }
     if not caps:
         return

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
-from batchrun.documents import is_error, parse_json, sound, unwrapped
+from batchrun.documents import TooManyError, is_error, parse_json, sound, unwrapped
 from batchrun.failures import failure_of, request_id_of
 from batchrun.money import CREDITS_PER_USD, amount, usd_from_credits, usd_from_wire
 from batchrun.records import Action, Answer, Failure
@@ -221,6 +221,8 @@ class AnswerReader:
         raw = b"".join(self._head)
         try:
             document = parse_json(raw)
+        except TooManyError as exc:
+            return Failure("malformed", Action.REJECT, f"the answer cannot be read: {exc}")
         except ValueError:
             return self._close_undecodable(raw)
         document = unwrapped(document)

@@ -146,8 +146,10 @@ def _salvaged(world: World) -> int | None:
 
         try:
             saved = salvage(load_job(world.folder / "job.yaml"))
-        except StorageError:
-            return 6
+        except StorageError as exc:
+            if "nothing of" in str(exc) or "not a database" in str(exc):
+                return 6
+            raise
         path.write_text(str(saved.attempts), encoding="utf-8")
         return 0 if saved.is_all else 1
 

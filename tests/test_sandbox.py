@@ -40,6 +40,13 @@ BIG = [
     "{{ 'a'.zfill(10**9) }}", "{{ 'a'|replace('a', 'b' * 10**9) }}", "{{ ('a' * 10**4)|replace('a', 'b' * 10**6) }}",
     "{{ 'x'.join(['y' * 10**6] * 100) }}", "{{ ['y' * 10**6] * 100 | join }}", "{{ [1]|slice(10**8)|list }}",
     "{{ [[1] * 10**5] * 10**5 }}", "{{ 2.5|round(99999999, 'ceil') }}", "{{ [1]|batch(10**9, 0)|list }}",
+    "{% set ns = namespace(s='ab') %}{% for i in range(40) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}{{ ns.s }}",
+    "{% set ns = namespace(s='ab') %}{% for i in range(40) %}{% set ns.s = '%s%s'|format(ns.s, ns.s) %}{% endfor %}",
+    "{% set ns = namespace(s=[1]) %}{% for i in range(40) %}{% set ns.s = ns.s + ns.s %}{% endfor %}{{ ns.s }}",
+    "{{ ('a' * 20000).translate({97: 'b' * 10000}) }}", "{{ ('a' * 20000)|replace(old='a', new='b' * 10000) }}",
+    "{{ [1]|tojson(indent=300000000) }}", "{{ ('\t' * 300).expandtabs(1000000) }}",
+    "{{ ('%(a)9999d' * 20000) % {'a': 1} }}",
+    "{% for i in range(99999) %}{{ range(99999)|sum }}{% endfor %}",
     "{% set a = 'x' * 10**6 %}{% for i in range(1000) %}{{ a }}{% endfor %}", "{{ ('a ' * 10**7)|wordwrap(1) }}",
 ]  # fmt: skip
 NO_TEXT = [
@@ -51,7 +58,8 @@ NULLS = [
     "{{ note }}", "{{ 'Note: ' ~ note }}", "{{ note|upper }}", "{{ note|trim }}", "{{ note|string }}", "{{ note|e }}",
     "{{ note|replace('a', 'b') }}", "{{ [prompt, note]|join(', ') }}", "{{ '%s: %s'|format(prompt, note) }}",
     "{{ '%s' % note }}", "{{ '{}'.format(note) }}", "{{ [prompt, note]|map('upper')|join }}", "{{ note|title }}",
-    "{% for x in note %}{{ x }}{% endfor %}",
+    "{% for x in note %}{{ x }}{% endfor %}", "{{ prompt|replace('a', note) }}", "{{ '%(a)s' % {'a': note} }}",
+    "{{ ['a', 'b']|join(note) }}",
 ]  # fmt: skip
 
 
@@ -95,6 +103,10 @@ def test_what_fails_every_row_fails_the_job(tmp_path: Path, prompt: str, said: s
     [
         ("{{ note or 'none' }} {{ note|default('n', true) }}", "none n"),
         ("{{ {'a': note}|tojson }}", '{"a": null}'),
+        ("{{ '* %s' % prompt }} {{ '**{0}** in {1}'.format(prompt, 12345) }}", "* a b **a b** in 12345"),
+        ("{{ 'Zip 90210: %s %s%%'|format(prompt, 5) }}", "Zip 90210: a b 5%"),
+        ("{{ note|int(7) }} {{ {'a': 1}.keys()|list }} {{ range(3) }}", "7 ['a'] range(0, 3)"),
+        ("{{ 'x' if note }}{{ prompt|truncate(20000) }}", "a b"),
         ("{{ [1, 2]|tojson(indent=1) }}", "[\n 1,\n 2\n]"),
         ("{{ prompt.split()|map('upper')|join('-') }}", "A-B"),
         ("{{ ['a', 'b'] }} {{ {'a': 1} }}", "['a', 'b'] {'a': 1}"),
