@@ -28,7 +28,7 @@ def test_broken_off_at_every_step(quick_path: Path, what: str, part: int, parts:
 
 @pytest.mark.parametrize("kind", KINDS[:2])
 def test_a_power_cut_after_a_step(quick_path: Path, kind: str) -> None:
-    code, stderr = _call("cut_the_power", quick_path, kind=kind, parts=9)
+    code, stderr = _call("cut_the_power", quick_path, kind=kind, parts=14)
     assert code == 0, stderr
 
 
