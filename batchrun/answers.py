@@ -178,6 +178,9 @@ def _answer_columns(attempt: StandingAttempt) -> dict[str, Any]:
             "reasoning": answer.reasoning,
             "tool_calls": json.dumps(answer.tool_calls, ensure_ascii=False) if answer.tool_calls else None,
         }
+    else:
+        # It could be read when it came: it was damaged since, or this version reads it no more.
+        columns["flags"] = [*attempt.flags, "unreadable"]
     return columns
 
 

@@ -165,8 +165,8 @@ def _check_unsealed(attempt: dict[str, Any], body: bytes, verdict: Verdict) -> N
 
 def _contradictions(attempt: dict[str, Any], body: bytes) -> Iterator[str]:
     usd, source = attempt["usd_pico"], attempt["cost_source"]
-    if attempt["outcome"] == "ok" and not body:
-        yield "is ok and has no answer"
+    if attempt["outcome"] == "ok" and not isinstance(read_answer(body, {}, streamed=bool(attempt["streamed"])), Answer):
+        yield "is ok, and its answer cannot be read"
     if (usd is None) != (source is None) or (source is not None and source not in COST_SOURCES):
         yield f"has an amount of {usd} and the cost source {source!r}"
     if usd is not None and usd < 0:

@@ -255,3 +255,24 @@ def test_every_answer_finds_a_row_that_asks_for_it_or_is_unplaced(
     ledger.place(run, [Request(Slot(index, "m"), key, b"") for index, key in enumerate(before)], dict)
     assert accounts.totals(ledger, run).unplaced == 0
     ledger.close()
+
+
+def test_an_input_that_is_changed_and_changed_back_under_the_run_is_no_bug(work: Workspace, provide: Provide) -> None:
+    """Rows that were answered ask for the same again, while their answers have lost their rows."""
+    provider = provide(latency=0.01)
+    texts = [f"row {number:05}" for number in range(3000)]
+    work.write_rows(texts)
+    work.write_job(provider.base_url, concurrency=32)
+    with work.start("job.yaml") as process:
+        provider.wait_for(2400)
+        process.kill()
+    asked = len(provider.requests)
+    work.write_rows([text.replace("row", "ROW") for text in texts])
+    with work.start("job.yaml") as process:
+        provider.wait_for(asked + 100)
+        work.write_rows(texts)
+        _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 1, stderr
+    assert "the input has changed under the run" in stderr
+    assert work.run().code == 0
+    assert sum(request["text"].startswith("row") for request in provider.requests) <= 3000 + 32
