@@ -11,7 +11,6 @@ import httpx
 from batchrun.documents import parse_json, sound
 from batchrun.fetch import Fetched, Fetcher, FetchError
 from batchrun.providers import Endpoint
-from batchrun.scrub import Scrubber
 
 _SECONDS = 5.0
 _MOST_BYTES = 32 * 1024 * 1024
@@ -25,7 +24,7 @@ def model_advice(endpoint: Endpoint, model: str) -> str | None:
     """
     advice = _advice(endpoint, model)
     # The lists were asked for with the key, and a server may echo it.
-    return endpoint.scrubbed(advice) if advice is not None else None
+    return endpoint.scrubber.text(advice) if advice is not None else None
 
 
 def _advice(endpoint: Endpoint, model: str) -> str | None:
@@ -73,7 +72,7 @@ def price_list(endpoint: Endpoint, etag: str | None) -> PriceList | None:
     if fetched.status == httpx.codes.NOT_MODIFIED and etag is not None:
         return PriceList(True)
     is_list = fetched.status == httpx.codes.OK and _parsed(fetched.body) is not None
-    body = Scrubber(endpoint.secrets).raw(fetched.body)
+    body = endpoint.scrubber.raw(fetched.body)
     return PriceList(False, body, fetched.headers.get("etag")) if is_list else None
 
 

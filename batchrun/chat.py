@@ -26,7 +26,6 @@ from batchrun.money import LOCAL, NOT_BILLED, UNKNOWN, Cost
 from batchrun.prices import Pricing, is_plausible
 from batchrun.providers import Endpoint, proxy_for
 from batchrun.records import Action, Answer, Exchange, Failure, Intent
-from batchrun.scrub import Scrubber
 from batchrun.wire import AnswerReader
 
 _CONNECT_SECONDS = 10.0
@@ -70,7 +69,7 @@ class ChatSender:
                 **endpoint.headers,
             }
         )
-        self._scrubber = Scrubber(endpoint.secrets)
+        self._scrubber = endpoint.scrubber
         self._timeout_seconds = timeout_seconds
         self._max_bytes = max_response_bytes
         self._streamed = streamed
@@ -249,11 +248,10 @@ class ChatSender:
 
     def _scrubbed(self, failure: Failure) -> Failure:
         """What is decoded can hold what the bytes do not show."""
-        texts = [failure.message, failure.code, failure.upstream_type, failure.request_id]
-        if not self._scrubber.is_in(texts):
-            return failure
-        message, *others = (self._scrubber.text(text) if text else text for text in texts)
-        return replace(failure, message=message or "", code=others[0], upstream_type=others[1], request_id=others[2])
+        texts = (failure.code, failure.upstream_type, failure.request_id)
+        code, upstream_type, request_id = (text and self._scrubber.text(text) for text in texts)
+        message = self._scrubber.text(failure.message)
+        return replace(failure, message=message, code=code, upstream_type=upstream_type, request_id=request_id)
 
 
 _TOLD_SECRET = Failure("malformed", Action.REJECT, "the answer spells out a secret of this job, and was not kept")

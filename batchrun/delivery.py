@@ -51,7 +51,7 @@ def write_output(plan: Plan, ledger: LedgerView, run: Run, output: Path, summary
 
     def manifest() -> str:
         # An input that changes while it is read again is the user's doing, and no broken promise.
-        if placed is not None and plan.source.fingerprint() == placed["files"]:
+        if plan.is_placed_as(placed):
             _check_sums(summary, results)
         return exact_json(summary.manifest())
 

@@ -31,9 +31,8 @@ class Inflater:
         name = encoding.strip().lower()
         if name not in ("", "identity", "gzip", "x-gzip", "deflate"):
             raise UnaskedError(f"the answer's encoding {name[:40]!r} was not asked for")
-        self._is_packed = name not in ("", "identity")
         self._wbits = zlib.MAX_WBITS if name == "deflate" else zlib.MAX_WBITS | 16
-        self._inflate = zlib.decompressobj(self._wbits)
+        self._inflate = zlib.decompressobj(self._wbits) if name not in ("", "identity") else None
         self._is_first = True
         self._left = most
         self._wire_left = most
@@ -48,25 +47,25 @@ class Inflater:
         self._wire_left -= len(piece)
         if self._wire_left < 0:
             raise TooLongError
-        if self._is_packed:
-            piece = self._unpacked(piece)
+        if self._inflate is not None:
+            piece = self._unpacked(self._inflate, piece)
         self._left -= len(piece)
         if self._left < 0:
             raise TooLongError
         return piece
 
-    def _unpacked(self, piece: bytes) -> bytes:
-        if self._inflate.eof or not piece:
+    def _unpacked(self, inflate: zlib._Decompress, piece: bytes) -> bytes:
+        if inflate.eof or not piece:
             return b""
         try:
             try:
-                unpacked = self._inflate.decompress(piece, self._left + 1)
+                unpacked = inflate.decompress(piece, self._left + 1)
             except zlib.error:
                 # Some servers say deflate and leave out zlib's frame.
                 if not self._is_first or self._wbits != zlib.MAX_WBITS:
                     raise
-                self._inflate = zlib.decompressobj(-zlib.MAX_WBITS)
-                unpacked = self._inflate.decompress(piece, self._left + 1)
+                self._inflate = inflate = zlib.decompressobj(-zlib.MAX_WBITS)
+                unpacked = inflate.decompress(piece, self._left + 1)
         except zlib.error as exc:
             raise ValueError(f"the answer cannot be unpacked: {exc}") from exc
         self._is_first = False

@@ -280,7 +280,7 @@ def _finish(context: _Context, rows: int, ended: _Ended) -> Summary:
     if not is_broken:
         placed = ledger.placed_input(current)
         try:
-            if is_changed or placed is None or plan.source.fingerprint() != placed["files"]:
+            if is_changed or not plan.is_placed_as(placed):
                 is_changed = True
                 plan = plan.again()
                 rows = place(plan, ledger, current)
@@ -314,8 +314,10 @@ def _finish(context: _Context, rows: int, ended: _Ended) -> Summary:
 
 
 def _has_changed(plan: Plan, ledger: Ledger, current: Run) -> bool:
-    placed = ledger.placed_input(current)
-    return placed is not None and plan.source.fingerprint() != placed["files"]
+    try:
+        return not plan.is_placed_as(ledger.placed_input(current))
+    except JobError:
+        return True  # it cannot even be read any more
 
 
 def _projected(summary: Summary, ledger: Ledger, concurrency: int) -> Projection:

@@ -50,9 +50,8 @@ class Document:
         self._nodes = 0
         self._characters = 0
         try:
-            for number, _ in enumerate(YAML(typ="safe", pure=True).parse(text)):
-                if number > 3 * _MOST_NODES:
-                    raise JobError(f"it holds more than {_MOST_NODES} values: put data into the input")
+            if len(text) > _MOST_NODES:  # a character begins at most three events: a shorter text cannot have as many
+                _refuse_many(text)
             root = YAML(typ="safe", pure=True).compose(text)
         except YAMLError as exc:
             raise JobError(f"no valid YAML: {_reason(exc)}") from exc
@@ -128,6 +127,13 @@ class Document:
             except InvalidOperation:
                 return text  # an exponent beyond all numbers
         return text
+
+
+def _refuse_many(text: str) -> None:
+    """Before a tree is built of them."""
+    for number, _ in enumerate(YAML(typ="safe", pure=True).parse(text)):
+        if number > 3 * _MOST_NODES:
+            raise JobError(f"it holds more than {_MOST_NODES} values: put data into the input")
 
 
 def _reason(exc: YAMLError) -> str:

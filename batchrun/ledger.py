@@ -35,11 +35,12 @@ from batchrun.ledger_view import (
     LedgerView,
     Run,
     digest,
+    log_of,
     seal,
     storage,
 )
 from batchrun.lock import lock_path
-from batchrun.migrations import create_tables, migrate
+from batchrun.migrations import create, migrate
 from batchrun.money import to_pico
 from batchrun.records import (
     Action,
@@ -92,7 +93,7 @@ class Ledger(LedgerView):
         with storage(path):
             if not path.exists():
                 _create(Path(os.path.realpath(path)))
-            wal = _wal(path)
+            wal = log_of(path)
             has_log = wal.exists() and wal.stat().st_size > 0
             db = sqlite3.connect(path, isolation_level=None)
             try:
@@ -339,7 +340,7 @@ class Ledger(LedgerView):
         self._refuse_replaced()
         with storage(self.path):
             try:
-                fd = os.open(_wal(self.path), os.O_RDONLY)
+                fd = os.open(log_of(self.path), os.O_RDONLY)
             except FileNotFoundError:
                 return
             try:
@@ -577,7 +578,7 @@ _PLACE = """
 
 def _create(path: Path) -> None:
     """Make an empty ledger that appears with all its tables, or not at all: one without them has been damaged."""
-    wal = _wal(path)
+    wal = log_of(path)
     if wal.exists() and wal.stat().st_size:
         raise StorageError(
             f"{path} is missing, and its write-ahead log {wal.name} is there: bring the ledger back; or, if its "
@@ -586,13 +587,7 @@ def _create(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.new")
     try:
-        beside.unlink(missing_ok=True)
-        os.close(os.open(beside, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
-        db = sqlite3.connect(beside, isolation_level=None)
-        try:
-            create_tables(db)
-        finally:
-            db.close()
+        create(beside).close()
         beside.replace(path)
     except BaseException:
         beside.unlink(missing_ok=True)
@@ -603,12 +598,6 @@ def _create(path: Path) -> None:
 def _identity(path: Path) -> tuple[int, int]:
     status = path.stat()
     return status.st_dev, status.st_ino
-
-
-def _wal(path: Path) -> Path:
-    """SQLite puts it beside the file itself, not beside a link to it."""
-    real = Path(os.path.realpath(path))
-    return real.with_name(f"{real.name}-wal")
 
 
 def _outcome(

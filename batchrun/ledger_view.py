@@ -6,6 +6,7 @@ Every amount comes from the view `charged`: what an attempt was settled with, or
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -296,6 +297,12 @@ NEWEST_IS_FINAL = "max(attempt_id * 2 + final) & 1"
 def everywhere(run: Run) -> dict[str, int]:
     """The bounds of `standing_sql` for all rows."""
     return {"run": run.run, "start": 0, "stop": 2**62}
+
+
+def log_of(path: Path) -> Path:
+    """The write-ahead log. SQLite puts it beside the file itself, not beside a link to it."""
+    real = Path(os.path.realpath(path))
+    return real.with_name(f"{real.name}-wal")
 
 
 @contextmanager

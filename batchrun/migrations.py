@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from pathlib import Path
 
@@ -152,9 +153,21 @@ def migrate(db: sqlite3.Connection, path: Path) -> None:
     _upgrade(db, _version(db, path))
 
 
-def create_tables(db: sqlite3.Connection) -> None:
-    """Make an empty database a ledger of the present version."""
-    _upgrade(db, 0)
+def create(path: Path) -> sqlite3.Connection:
+    """An empty ledger of the present version, in a new file that its owner alone can read.
+
+    Raises:
+        OSError: the file cannot be made. What stood there before is deleted.
+    """
+    path.unlink(missing_ok=True)
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+    db = sqlite3.connect(path, isolation_level=None)
+    try:
+        _upgrade(db, 0)
+    except BaseException:
+        db.close()
+        raise
+    return db
 
 
 def _upgrade(db: sqlite3.Connection, version: int) -> None:

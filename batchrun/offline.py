@@ -197,7 +197,7 @@ def refresh(job: Job, ledger: Ledger) -> str:
         manifest = manifest_of(output)
         if manifest is None or manifest.get("run_id") != run.run_id:
             return f"{output} is not that of the newest run: `batchrun export` writes it"
-        if plan.source.fingerprint() != placed["files"]:
+        if not plan.is_placed_as(placed):
             return f"{output} was left as it is, as the input has changed since: `batchrun export` writes it anew"
         return f"output: {rewrite(job, ledger, run, known).output}"
     except (JobError, StorageError) as exc:

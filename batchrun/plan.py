@@ -75,6 +75,10 @@ class Plan:
         """The same job over its input as it is now."""
         return Plan(self.job, self.endpoint, self.model, self.weights)
 
+    def is_placed_as(self, placed: Mapping[str, Any] | None) -> bool:
+        """True if the files of the input are those that a run's answers were placed by. `placed`: the run's own."""
+        return placed is not None and self.source.fingerprint() == placed["files"]
+
     def output_path(self, run: Run) -> Path:
         """Where a run's Parquet goes; `{date}` is the day on which the run began."""
         started = datetime.fromtimestamp(run.started_at / 1e6, UTC)

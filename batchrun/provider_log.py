@@ -32,7 +32,6 @@ from batchrun.failures import parse_retry_after
 from batchrun.fetch import Fetcher, FetchError
 from batchrun.money import usd_from_credits, usd_from_wire
 from batchrun.providers import Endpoint
-from batchrun.scrub import Scrubber
 from batchrun.usage import count
 
 _PAGE = 100
@@ -157,15 +156,15 @@ def _error_of(state: RetryCallState) -> BaseException | None:
 def _get(fetcher: Fetcher, url: httpx.URL, endpoint: Endpoint) -> Mapping[str, Any]:
     try:
         fetched = fetcher.get(url)
-        body = Scrubber(endpoint.secrets).raw(fetched.body)
+        body = endpoint.scrubber.raw(fetched.body)
     except FetchError as exc:
-        raise _TryAgainError(endpoint.scrubbed(str(exc))) from exc
+        raise _TryAgainError(endpoint.scrubber.text(str(exc))) from exc
     if fetched.status == 429:
         raise _TooManyError(parse_retry_after(fetched.headers.get("retry-after", "")))
     if fetched.status >= 500:
         raise _TryAgainError(f"it answers {fetched.status}")
     if fetched.status != 200:
-        said = endpoint.scrubbed(sound(body[:1000].decode("utf-8", "replace")))[:200]
+        said = endpoint.scrubber.text(sound(body[:1000].decode("utf-8", "replace")))[:200]
         raise ProviderError(f"the provider's log answers {fetched.status}: {said}; nothing was changed")
     _refuse_skew(fetched.headers.get("date"))
     try:

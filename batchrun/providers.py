@@ -6,6 +6,7 @@ import ipaddress
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from hashlib import blake2b
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -59,7 +60,7 @@ PROVIDERS: Mapping[str, Provider] = {
 CUSTOM = Provider(None)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Endpoint:
     """Where requests go and how they must look. Its repr holds no secret."""
 
@@ -79,9 +80,10 @@ class Endpoint:
     secrets: tuple[str, ...] = field(repr=False, default=())
     """Values that must never be written anywhere."""
 
-    def scrubbed(self, text: str) -> str:
-        """Text of a server without the secrets that it may echo."""
-        return Scrubber(self.secrets).text(text)
+    @cached_property
+    def scrubber(self) -> Scrubber:
+        """Takes the secrets out of what a server says: it may echo them."""
+        return Scrubber(self.secrets)
 
     def url(self, path: str) -> str:
         """An address below the base; a query of the base stays at its end."""

@@ -21,8 +21,8 @@ import zstandard
 from batchrun.errors import JobError, StorageError
 from batchrun.folders import sync_folder
 from batchrun.job import Job
-from batchrun.ledger_view import INTENT_COLUMNS, NO_ROW, SEAL_MASK, SETTLEMENT_COLUMNS, digest, seal, storage
-from batchrun.migrations import create_tables
+from batchrun.ledger_view import INTENT_COLUMNS, NO_ROW, SEAL_MASK, SETTLEMENT_COLUMNS, digest, log_of, seal, storage
+from batchrun.migrations import create
 from batchrun.records import now_us
 
 _BESIDE = ("-wal", "-shm")
@@ -111,22 +111,17 @@ def salvage(job: Job, *, adopt: bool = False) -> Salvage:
         _undo(path)
     with storage(path), closing(_Damaged(path)) as damaged:
         beside = path.with_name(f".{path.name}.new")
-        beside.unlink(missing_ok=True)
-        os.close(os.open(beside, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
         try:
-            with closing(sqlite3.connect(beside, isolation_level=None)) as db:
-                create_tables(db)
+            with closing(create(beside)) as db:
                 db.execute("BEGIN")
                 saved = _fill(db, damaged, job, adopt=adopt)
                 db.execute("COMMIT")
             if saved.is_all and saved.is_as_told and damaged.is_whole():
-                beside.unlink()
                 return Salvage()
-        except BaseException:
+            saved.kept = _put_aside(path)
+            beside.replace(path)
+        finally:
             beside.unlink(missing_ok=True)
-            raise
-        saved.kept = _put_aside(path)
-        beside.replace(path)
         sync_folder(path.parent)
     return saved
 
@@ -158,7 +153,7 @@ class _Damaged:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        log = path.with_name(f"{path.name}-wal")
+        log = log_of(path)
         size = path.stat().st_size + (log.stat().st_size if log.exists() else 0)
         self.plausible = 1024 + size // _SMALLEST_ROW
         """No row has a higher number, unless it is broken."""
@@ -191,12 +186,15 @@ class _Damaged:
         except sqlite3.DatabaseError:
             return []
 
-    def rows(self, table: str, most: int | None = None) -> Iterator[_Row]:
-        """What can be read of a table, by the numbers of its rows up to `most`; where a page is broken, around it."""
+    def rows(self, table: str, most: int = 0) -> Iterator[_Row]:
+        """What can be read of a table, by the numbers of its rows; where a page is broken, around it.
+
+        Args:
+            most: a number that there was at least.
+        """
         if not self.columns(table):
             return
-        newest = self.newest(table)
-        most = min(self.plausible, newest if most is None else max(most, newest))
+        most = min(self.plausible, max(most, self.newest(table)))
         start = 0
         while start <= most:
             for row in self._between(table, start, min(most + 1, start + _AT_ONCE)):
@@ -305,7 +303,7 @@ class _Attempts:
         """Copy what is as it was settled; what is missing becomes an attempt of unknown outcome."""
         before = self._before_the_first()
         next_id = 1
-        for row in self._damaged.rows("attempt", max(self._known, self._damaged.newest("attempt"))):
+        for row in self._damaged.rows("attempt", self._known):
             attempt = dict.fromkeys((*INTENT_COLUMNS, *SETTLEMENT_COLUMNS, "seal")) | row
             answer = self._damaged.answer(row["attempt_id"])
             if row["attempt_id"] < next_id or _is_altered(attempt, answer):
@@ -437,8 +435,9 @@ def _copy_corrections(db: sqlite3.Connection, damaged: _Damaged, known: int, sav
     found: dict[int, list[_Row]] = {}
     for row in damaged.rows("correction"):
         found.setdefault(row["amendment"], []).append(row)
-    kept = 0
+    read = kept = 0
     for amendment in damaged.rows("amendment"):
+        read += 1
         rows = found.pop(amendment["amendment"], [])
         values = [(row["attempt_id"], row["amendment"], row["usd_pico"], row["cost_source"]) for row in rows]
         is_sound = (len(rows), sum(map(seal, values)) & SEAL_MASK) == (amendment["corrections"], amendment["seals"])
@@ -448,21 +447,15 @@ def _copy_corrections(db: sqlite3.Connection, damaged: _Damaged, known: int, sav
                 _put(db, "correction", row)
         else:
             saved.lost_corrections += max(1, len(rows), min(amendment["corrections"], damaged.plausible))
-    lost = max(known - kept, len(found)) if found or kept < known else 0
-    if lost and not saved.lost_corrections:
-        saved.lost_corrections = max(lost, sum(map(len, found.values())))
+    # Of an amendment that cannot be read there was one correction at least.
+    saved.lost_corrections += max(sum(map(len, found.values())), known - read, 0)
     return kept
 
 
 def _put(db: sqlite3.Connection, table: str, row: _Row) -> bool:
     """Insert a row; False if it is one that never was."""
-    columns = [column[1] for column in db.execute(f"PRAGMA table_info({table})")]
-    names = [name for name in columns if name in row]
     try:
-        db.execute(
-            f"INSERT INTO {table} ({', '.join(names)}) VALUES ({', '.join('?' * len(names))})",
-            [row[name] for name in names],
-        )
+        db.execute(f"INSERT INTO {table} ({', '.join(row)}) VALUES ({', '.join('?' * len(row))})", [*row.values()])
     except (sqlite3.IntegrityError, sqlite3.InterfaceError, OverflowError):
         return False
     return True

@@ -162,7 +162,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
             case "**":
                 _check_power(left, right)
             case "+" if isinstance(left, str) and isinstance(right, str):
-                _check_output(len(left) + len(right))
+                _check_size(len(left) + len(right), _MOST_OUTPUT)
             case "+" if isinstance(left, (list, tuple)) and isinstance(right, (list, tuple)):
                 self.step(len(left) + len(right))
             case "%" if isinstance(left, str):
@@ -187,8 +187,7 @@ def _finalize(context: Any, value: Any) -> Any:
     text = _text(value)
     environment = context.environment
     environment.written += len(text) if isinstance(text, (str, bytes, list, dict, tuple)) else 1
-    if environment.written > _MOST_OUTPUT:
-        raise SecurityError(f"it gives more than {_MOST_OUTPUT} characters")
+    _check_size(environment.written, _MOST_OUTPUT)
     return text
 
 
@@ -234,25 +233,20 @@ def _check_plain(value: Any) -> None:
 def _joined(parts: list[Any]) -> str:
     """What stands between `~`."""
     texts = [str(_text(part)) for part in parts]
-    _check_output(sum(map(len, texts)))
+    _check_size(sum(map(len, texts)), _MOST_OUTPUT)
     return "".join(texts)
 
 
 def _checked(value: Any) -> Any:
     """A result, before it is used again: what doubles with each turn is stopped in time."""
     if isinstance(value, (str, bytes)):
-        _check_output(len(value))
+        _check_size(len(value), _MOST_OUTPUT)
     return value
 
 
-def _check_output(size: int) -> None:
-    if size > _MOST_OUTPUT:
-        raise SecurityError(f"it makes a text of more than {_MOST_OUTPUT} characters")
-
-
-def _check_size(size: int) -> None:
-    if size > _MOST_TEXT:
-        raise SecurityError(f"it makes a text of more than {_MOST_TEXT} characters")
+def _check_size(size: int, most: int = _MOST_TEXT) -> None:
+    if size > most:
+        raise SecurityError(f"it makes a text of more than {most} characters")
 
 
 def _check_numbers(values: Iterable[Any]) -> None:

@@ -130,11 +130,16 @@ def _check_attempts(ledger: LedgerView, verdict: Verdict) -> None:
         except zstandard.ZstdError as exc:
             verdict.blame(f"{_named(attempt)}: its answer cannot be unpacked: {exc}")
             continue
+        is_ok = attempt["outcome"] == "ok"
+        answer = read_answer(body, {}, streamed=bool(attempt["streamed"])) if is_ok else None
+        if is_ok and not isinstance(answer, Answer):
+            verdict.blame(f"{_named(attempt)} is ok, and its answer cannot be read")
         if sealed is None:
-            _check_unsealed(attempt, body, verdict)
+            if isinstance(answer, Answer):
+                _check_unsealed(attempt, answer, verdict)
         elif sealed != seal((*values, digest(body))) or len(body) != (size or 0):
             verdict.blame(f"{_named(attempt)} was altered after it was settled")
-        for what in _contradictions(attempt, body):
+        for what in _contradictions(attempt):
             verdict.blame(f"{_named(attempt)} {what}")
     for run, run_id, attempts, settled, seals in ledger.rows("SELECT run, run_id, attempts, settled, seals FROM run"):
         found = counted.get(run, [0, 0, 0])
@@ -147,13 +152,10 @@ def _check_attempts(ledger: LedgerView, verdict: Verdict) -> None:
             verdict.blame(f"the attempts of run {run_id} are not those that it made")
 
 
-def _check_unsealed(attempt: dict[str, Any], body: bytes, verdict: Verdict) -> None:
+def _check_unsealed(attempt: dict[str, Any], answer: Answer, verdict: Verdict) -> None:
     """An attempt of a ledger from before there were seals, by its answer."""
-    if attempt["outcome"] != "ok":
-        return
-    answer = read_answer(body, {}, streamed=bool(attempt["streamed"]))
     counts = ("prompt_tokens", "completion_tokens", "total_tokens", "cached_tokens")
-    if not isinstance(answer, Answer) or any(getattr(answer.usage, name) != attempt[name] for name in counts):
+    if any(getattr(answer.usage, name) != attempt[name] for name in counts):
         verdict.blame(f"{_named(attempt)} has other counts than its answer")
     elif (
         answer.usd is not None
@@ -163,10 +165,8 @@ def _check_unsealed(attempt: dict[str, Any], body: bytes, verdict: Verdict) -> N
         verdict.blame(f"{_named(attempt)} has another cost than its answer")
 
 
-def _contradictions(attempt: dict[str, Any], body: bytes) -> Iterator[str]:
+def _contradictions(attempt: dict[str, Any]) -> Iterator[str]:
     usd, source = attempt["usd_pico"], attempt["cost_source"]
-    if attempt["outcome"] == "ok" and not isinstance(read_answer(body, {}, streamed=bool(attempt["streamed"])), Answer):
-        yield "is ok, and its answer cannot be read"
     if (usd is None) != (source is None) or (source is not None and source not in COST_SOURCES):
         yield f"has an amount of {usd} and the cost source {source!r}"
     if usd is not None and usd < 0:
@@ -321,7 +321,7 @@ def _check_output(job: Job, ledger: LedgerView, verdict: Verdict) -> None:
         )
         return
     placed = ledger.placed_input(run)
-    if placed is None or plan.source.fingerprint() != placed["files"]:
+    if placed is None or not plan.is_placed_as(placed):
         verdict.notes.append("the input has changed since: the rows of the output were not compared")
         _check_manifest(
             summarise(plan, ledger, run, int(manifest.get("rows", 0))).manifest(), manifest, output, verdict

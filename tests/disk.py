@@ -82,13 +82,13 @@ class Disk:
 
 def install(disk: Disk) -> None:
     """Put a disk under the product in this process."""
-    from batchrun import ledger, ledger_view
+    from batchrun import ledger, ledger_view, migrations
 
     apsw.config(apsw.SQLITE_CONFIG_LOG, lambda code, message: None)
     vfs = _Vfs(disk)
     library = SimpleNamespace(**{name: getattr(sqlite3, name) for name in ("Error", "Connection")})
     library.connect = lambda path, **keys: _Connection(str(path), vfs)
-    ledger.sqlite3 = ledger_view.sqlite3 = library  # type: ignore[attr-defined]
+    ledger.sqlite3 = ledger_view.sqlite3 = migrations.sqlite3 = library  # type: ignore[attr-defined]
     _put_under_python(disk)
 
 
