@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from itertools import groupby
 from typing import Any
@@ -45,7 +44,6 @@ _COLUMNS: tuple[tuple[str, pa.DataType], ...] = (
     ("finished_at", pa.timestamp("us", tz="UTC")),
 )
 _FIRST_TOKEN = ("first_token_seconds", pa.float64())
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 def result_schema(*, streamed: bool, prefix: str = "") -> pa.Schema:
@@ -109,10 +107,10 @@ class Results:
                     of_slot = waiting[1] if waiting[0] == slot else of_slot
                     waiting = next(by_slot, None)
                 records.append(self._record(slot, of_slot, faults.get(slot)))
-        columns = [
-            build([record.get(field.name.removeprefix(self._prefix)) for record in records], field.type)
-            for field in self.schema
-        ]
+        columns = []
+        for field in self.schema:
+            name = field.name.removeprefix(self._prefix)
+            columns.append(build([record.get(name) for record in records], field.type))
         return pa.RecordBatch.from_arrays(columns, schema=self.schema)
 
     @staticmethod
@@ -121,37 +119,48 @@ class Results:
             yield slot, list(of_slot)
 
     def _record(self, slot: Slot, attempts: list[StandingAttempt], fault: str | None) -> dict[str, Any]:
+        answered = None
+        unknown = 0
+        for attempt in attempts:
+            if attempt.usd is None:
+                unknown += 1
+            else:
+                self.counts.usd += attempt.usd
+            if answered is None and attempt.outcome == "ok":
+                answered = attempt
+        usd_spent, cost_source = _spent(attempts)
         record: dict[str, Any] = {
             "requested_model": self._requested[slot.model],
             "run_id": self._run_id,
             "attempts": len(attempts),
-            "unknown_attempts": sum(attempt.usd is None for attempt in attempts),
+            "unknown_attempts": unknown,
             "flags": [],
-            **_spent(attempts),
+            "usd_spent": usd_spent,
+            "cost_source": cost_source,
         }
-        for attempt in attempts:
-            self.counts.usd += attempt.usd or 0
-        answered = next((attempt for attempt in attempts if attempt.outcome == "ok"), None)
         if fault is not None and answered is None:
             self.counts.failed += 1
-            return record | {"status": "failed", "error": f"not_rendered: {fault}"}
+            record["status"], record["error"] = "failed", f"not_rendered: {fault}"
+            return record
         if not attempts:
             self.counts.pending += 1
-            return record | {"status": "pending"}
+            record["status"] = "pending"
+            return record
         decisive = answered or attempts[-1]
-        record |= {
-            "request_id": decisive.request_id,
-            "client_request_id": decisive.client_request_id,
-            "request_key": decisive.key,
-            "finished_at": _EPOCH + timedelta(microseconds=decisive.settled_at),
-        }
+        record["request_id"] = decisive.request_id
+        record["client_request_id"] = decisive.client_request_id
+        record["request_key"] = decisive.key
+        record["finished_at"] = decisive.settled_at
         if answered is not None:
             self.counts.ok += 1
-            return record | _answer_columns(answered) | {"status": "ok"}
+            record["status"] = "ok"
+            record.update(_answer_columns(answered))
+            return record
         is_failed = decisive.is_final
         self.counts.failed += is_failed
         self.counts.pending += not is_failed
-        return record | {"status": "failed" if is_failed else "pending", "error": decisive.error}
+        record["status"], record["error"] = "failed" if is_failed else "pending", decisive.error
+        return record
 
 
 def _answer_columns(attempt: StandingAttempt) -> dict[str, Any]:
@@ -184,18 +193,18 @@ def _answer_columns(attempt: StandingAttempt) -> dict[str, Any]:
     return columns
 
 
-def _spent(attempts: Sequence[StandingAttempt]) -> dict[str, Any]:
+def _spent(attempts: Sequence[StandingAttempt]) -> tuple[float | None, str | None]:
     """A row's dollars, and where they come from: the weakest source among the attempts that cost something."""
+    if len(attempts) == 1:
+        usd = attempts[0].usd
+        return (float(usd), attempts[0].cost_source) if usd is not None else (None, None)
     known = [(attempt.usd, attempt.cost_source) for attempt in attempts if attempt.usd is not None]
     total = sum((usd for usd, _ in known), Decimal(0))
     is_answer_known = all(attempt.usd is not None for attempt in attempts if attempt.outcome == "ok")
     if not known or (total == 0 and not is_answer_known):
         # An answer at an unknown price after refusals for nothing did not cost nothing.
-        return {"usd_spent": None, "cost_source": None}
+        return None, None
     sources = [source for usd, source in known if usd] or [
         attempt.cost_source for attempt in attempts if attempt.outcome == "ok" and attempt.usd is not None
     ] or [source for _, source in known]  # fmt: skip
-    return {
-        "usd_spent": float(total),
-        "cost_source": max(sources, key=lambda source: COST_SOURCES.index(source or "not_billed")),
-    }
+    return float(total), max(sources, key=lambda source: COST_SOURCES.index(source or "not_billed"))

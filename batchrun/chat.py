@@ -7,33 +7,28 @@ most and do nothing here (cookies, redirects, auth). Redirects are therefore nev
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from decimal import Decimal
 from types import TracebackType
 from typing import Any
 
-import aiohttp
 import httpx
-from httpx_aiohttp import AiohttpTransport
 
 from batchrun import __version__
 from batchrun.failures import read_failure, request_id_of
-from batchrun.fetch import tls_context
 from batchrun.inflate import ACCEPTED, Inflater, TooLongError, UnaskedError
 from batchrun.money import LOCAL, NOT_BILLED, UNKNOWN, Cost
 from batchrun.prices import Pricing, is_plausible
-from batchrun.providers import Endpoint, proxy_for
+from batchrun.providers import Endpoint
 from batchrun.records import Action, Answer, Exchange, Failure, Intent
+from batchrun.transport import Transport
 from batchrun.wire import AnswerReader
 
 _CONNECT_SECONDS = 10.0
-_KEEPALIVE_SECONDS = 15.0
 _STOPPED_SECONDS = 1.0
 """A timer that is so late tells that the process, or the machine, was stopped."""
 _GRACE_SECONDS = 5.0
-_HEADER_BYTES = 64 * 1024
 _MOST_ERROR_BYTES = 1024 * 1024
 
 
@@ -43,7 +38,7 @@ class ChatSender:
     Args:
         pricing: used where the provider reports no cost.
         timeout_seconds: the whole of one attempt, keep-alives notwithstanding.
-        transport: for tests; default is aiohttp's.
+        transport: for tests; default is aiohttp's connections.
     """
 
     def __init__(
@@ -68,16 +63,17 @@ class ChatSender:
                 "User-Agent": f"batchrun/{__version__}",
                 **endpoint.headers,
             }
-        )
+        ).raw
         self._scrubber = endpoint.scrubber
         self._timeout_seconds = timeout_seconds
         self._max_bytes = max_response_bytes
         self._streamed = streamed
         self._pricing = pricing
-        self._transport = transport or _transport(endpoint.base_url, concurrency)
         # Shorter than the whole: a connection that was never made must be known as such.
         connect_seconds = min(_CONNECT_SECONDS, 0.9 * timeout_seconds)
-        self._extensions = {"timeout": httpx.Timeout(None, connect=connect_seconds).as_dict()}
+        self._transport = transport or Transport(
+            endpoint.base_url, concurrency=concurrency, connect_seconds=connect_seconds
+        )
 
     async def __aenter__(self) -> ChatSender:
         return self
@@ -90,18 +86,24 @@ class ChatSender:
     async def send(self, intent: Intent) -> Exchange:
         """Send one request. What goes wrong on the way is a value in the exchange, never an exception."""
         body = intent.request.body
-        headers = self._headers.copy()
-        headers["Content-Length"] = str(len(body))
-        headers["X-Client-Request-Id"] = intent.client_request_id
-        request = httpx.Request("POST", self._url, headers=headers, content=body, extensions=self._extensions)
-        reception = _Reception(asyncio.get_running_loop().time())
+        headers = httpx.Headers(
+            [
+                *self._headers,
+                (b"Content-Length", b"%d" % len(body)),
+                (b"X-Client-Request-Id", intent.client_request_id.encode()),
+            ]
+        )
+        # Given a stream, httpx leaves the headers as they are.
+        request = httpx.Request("POST", self._url, headers=headers, stream=httpx.ByteStream(body))
+        loop = asyncio.get_running_loop()
+        reception = _Reception(loop.time())
+        limit = asyncio.timeout(None)
+        timer = loop.call_later(self._timeout_seconds, self._expire, limit, reception.started)
         try:
-            async with _timeout(self._timeout_seconds):
+            async with limit:
                 response = await self._transport.handle_async_request(request)
                 reception.status = response.status_code
-                reception.headers = {
-                    name.lower(): self._scrubber.text(value) for name, value in response.headers.items()
-                }
+                reception.headers = self._headers_of(response)
                 try:
                     await self._receive(response, reception)
                 finally:
@@ -112,11 +114,25 @@ class ChatSender:
                 Action.RETRY,
                 f"no whole answer within timeout_seconds ({self._timeout_seconds:g} s)",
             )
-        except httpx.TimeoutException as exc:
-            reception.broke = self._broken(exc, "timeout")
-        except (httpx.TransportError, httpx.DecodingError, aiohttp.ClientError, OSError, ValueError) as exc:
-            reception.broke = self._broken(exc, "disconnect")
+        except (httpx.HTTPError, ValueError) as exc:
+            reception.broke = self._broken(exc)
+        finally:
+            timer.cancel()
         return self._exchange(reception, intent.sent_at)
+
+    def _expire(self, limit: asyncio.Timeout, started: float) -> None:
+        """The time is over; but a process that was stopped meanwhile first reads what has come."""
+        now = asyncio.get_running_loop().time()
+        was_stopped = now - started - self._timeout_seconds >= _STOPPED_SECONDS
+        limit.reschedule(now + (min(self._timeout_seconds, _GRACE_SECONDS) if was_stopped else 0.0))
+
+    def _headers_of(self, response: httpx.Response) -> dict[str, str]:
+        """By their names in lower case; httpx would look at all of them again for each."""
+        headers: dict[str, str] = {}
+        for raw_name, raw_value in response.headers.raw:
+            name, value = raw_name.decode("latin-1").lower(), self._scrubber.text(raw_value.decode("latin-1"))
+            headers[name] = f"{headers[name]}, {value}" if name in headers else value
+        return headers
 
     async def _receive(self, response: httpx.Response, reception: _Reception) -> None:
         is_success = 200 <= response.status_code < 300
@@ -149,29 +165,33 @@ class ChatSender:
     def _exchange(self, reception: _Reception, sent_at: int) -> Exchange:
         received = b"".join(reception.pieces)
         raw = self._scrubber.raw(received)
-        latency = asyncio.get_running_loop().time() - reception.started
+        now = asyncio.get_running_loop().time()
         first = reception.first_token
-        base = Exchange(
-            "unknown",
-            status=reception.status,
-            body=raw,
-            streamed=self._streamed,
-            request_id=request_id_of(reception.headers),
-            latency_seconds=latency,
-            first_token_seconds=first - reception.started if first is not None else None,
-        )
+
+        def exchange(outcome: str, **found: Any) -> Exchange:
+            return Exchange(
+                outcome,
+                status=reception.status,
+                streamed=self._streamed,
+                latency_seconds=now - reception.started,
+                first_token_seconds=first - reception.started if first is not None else None,
+                **found,
+            )
+
+        request_id = request_id_of(reception.headers)
         if reception.status is None:
             failure = reception.broke
             assert failure is not None
             if failure.kind == "connect":
-                return replace(base, outcome="failed", failure=failure, cost=NOT_BILLED)
-            return replace(base, failure=failure)
+                return exchange("failed", failure=failure, cost=NOT_BILLED)
+            return exchange("unknown", failure=failure)
         reader = reception.reader
         if reader is None:
             # An HTTP error answer is not billed, even if the connection broke while it came.
             failure = self._scrubbed(read_failure(reception.status, reception.headers, raw))
-            asked = base.request_id or failure.request_id
-            return replace(base, outcome="failed", failure=failure, cost=NOT_BILLED, request_id=asked)
+            return exchange(
+                "failed", body=raw, failure=failure, cost=NOT_BILLED, request_id=request_id or failure.request_id
+            )
         if raw != received:
             # The server has echoed a secret: what is kept is what is read.
             reader = self._reader(reception)
@@ -180,28 +200,26 @@ class ChatSender:
         result = reader.close(reception.broke)
         if isinstance(result, Answer):
             estimate = self._pricing.usd(result.usage, sent_at)
+            cost = self._cost(result, estimate)
             if self._scrubber.is_in(_texts_of(result)):
-                return replace(
-                    base, body=b"", outcome="failed", failure=_TOLD_SECRET, usage=result.usage,
-                    cost=self._cost(result, estimate),
-                )  # fmt: skip
-            return replace(
-                base,
-                outcome="ok",
+                return exchange("failed", failure=_TOLD_SECRET, usage=result.usage, cost=cost, request_id=request_id)
+            return exchange(
+                "ok",
+                body=raw,
                 answer=result,
                 usage=result.usage,
-                cost=self._cost(result, estimate),
+                cost=cost,
                 flags=self._flags(result, estimate),
-                request_id=base.request_id or result.answer_id,
+                request_id=request_id or result.answer_id,
             )
         never_came = result is reception.broke or result.kind == "incomplete_stream"
-        return replace(
-            base,
-            outcome="unknown" if never_came else "failed",
+        return exchange(
+            "unknown" if never_came else "failed",
+            body=raw,
             failure=self._scrubbed(result),
             usage=reader.usage,
             cost=self._failed_cost(reader),
-            request_id=base.request_id or result.request_id,
+            request_id=request_id or result.request_id,
         )
 
     def _reader(self, reception: _Reception) -> AnswerReader:
@@ -232,19 +250,11 @@ class ChatSender:
             return LOCAL
         return NOT_BILLED if reader.is_bare_error else UNKNOWN
 
-    def _broken(self, exc: Exception, kind: str) -> Failure:
+    def _broken(self, exc: Exception) -> Failure:
         """A connection that failed. Only one that was never made is known to have cost nothing."""
-        cause = exc.__cause__ or exc
-        message = self._scrubber.text(f"{type(cause).__name__}: {cause}".rstrip(": "))
-        if isinstance(cause, (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)) or (
-            isinstance(exc, (httpx.ConnectError, httpx.ConnectTimeout)) and exc.__cause__ is None
-        ):
-            return Failure("connect", Action.RETRY, message)
-        if isinstance(exc, (httpx.UnsupportedProtocol, httpx.LocalProtocolError, httpx.ProxyError)):
-            return Failure("connect", Action.RETRY, message)
-        if isinstance(cause, aiohttp.ServerDisconnectedError):
-            kind = "disconnect"  # which the transport calls a ConnectTimeout
-        return Failure(kind, Action.RETRY, message)
+        message = self._scrubber.text(str(exc))
+        was_never_made = isinstance(exc, httpx.ConnectError)
+        return Failure("connect" if was_never_made else "disconnect", Action.RETRY, message)
 
     def _scrubbed(self, failure: Failure) -> Failure:
         """What is decoded can hold what the bytes do not show."""
@@ -277,62 +287,3 @@ class _Reception:
         self.reader: AnswerReader | None = None
         self.first_token: float | None = None
         self.broke: Failure | None = None
-
-
-@asynccontextmanager
-async def _timeout(seconds: float) -> AsyncIterator[None]:
-    """As `asyncio.timeout`, but a process that was stopped meanwhile first reads what has come.
-
-    Raises:
-        TimeoutError: the time is over.
-    """
-    loop = asyncio.get_running_loop()
-    async with asyncio.timeout(None) as limit:
-        due = loop.time() + seconds
-
-        def expire() -> None:
-            was_stopped = loop.time() - due >= _STOPPED_SECONDS
-            grace = min(seconds, _GRACE_SECONDS) if was_stopped else 0.0
-            limit.reschedule(loop.time() + grace)
-
-        timer = loop.call_at(due, expire)
-        try:
-            yield
-        finally:
-            timer.cancel()
-
-
-class _Connector(aiohttp.TCPConnector):
-    async def _get(self, key: Any, traces: Any) -> Any:
-        """A free connection, but none on which something came that nobody had asked for: it is no answer to us."""
-        while (connection := await super()._get(key, traces)) is not None:
-            if connection.protocol is None or not connection.protocol.should_close:
-                break
-            connection.close()
-        return connection
-
-
-class _Response(aiohttp.ClientResponse):
-    async def start(self, connection: Any) -> _Response:
-        """Read the head; its reason phrase is anybody's bytes, and says nothing."""
-        await super().start(connection)
-        self.reason = None
-        return self
-
-
-def _transport(base_url: str, concurrency: int) -> AiohttpTransport:
-    context = tls_context()
-    proxy = proxy_for(base_url)
-
-    def session() -> aiohttp.ClientSession:
-        return aiohttp.ClientSession(
-            connector=_Connector(limit=concurrency, keepalive_timeout=_KEEPALIVE_SECONDS, ssl=context),
-            cookie_jar=aiohttp.DummyCookieJar(),
-            timeout=aiohttp.ClientTimeout(total=None),
-            response_class=_Response,
-            max_line_size=_HEADER_BYTES,
-            max_field_size=_HEADER_BYTES,
-            trust_env=False,  # it would send what a .netrc holds, and ask a proxy for this very machine
-        )
-
-    return AiohttpTransport(verify=context, client=session, proxy=httpx.Proxy(proxy) if proxy else None)

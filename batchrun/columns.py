@@ -20,16 +20,20 @@ _EPOCH_DAY = date(1970, 1, 1).toordinal()
 def build(values: Sequence[Any], kind: pa.DataType) -> pa.Array:
     """An array of text, int64, float64, bool, date32, timestamp[us] or list<string>; None is null.
 
+    A moment may also be a number of microseconds since 1970.
+
     Raises:
         TypeError, OverflowError, ValueError: a value that is not of this type.
 
     >>> build(["a", None, "ü"], pa.string()).to_pylist()
     ['a', None, 'ü']
     """
-    nulls = sum(value is None for value in values)
+    nulls = values.count(None)
+    if nulls == len(values):
+        return pa.nulls(nulls, kind)
     validity = None if not nulls else pa.py_buffer(_bits([value is not None for value in values]))
     if pa.types.is_string(kind):
-        encoded = [value.encode("utf-8", "replace") if value is not None else b"" for value in values]
+        encoded = [value.encode("utf-8", "replace") if value else b"" for value in values]
         data = [pa.py_buffer(_offsets(encoded)), pa.py_buffer(b"".join(encoded))]
         return pa.Array.from_buffers(kind, len(values), [validity, *data], null_count=nulls)
     if pa.types.is_list(kind):
@@ -52,7 +56,9 @@ def _same(value: Any) -> Any:
     return value
 
 
-def _microseconds(moment: datetime) -> int:
+def _microseconds(moment: datetime | int) -> int:
+    if isinstance(moment, int):
+        return moment
     # Not timestamp(): a float of seconds has no room for all microseconds.
     days = moment.toordinal() - _EPOCH_DAY
     seconds = days * 86_400 + moment.hour * 3600 + moment.minute * 60 + moment.second

@@ -37,7 +37,7 @@ def parse_json(raw: bytes | str) -> Any:
     if len(text) > _MOST_CONTAINERS and _containers(text) > _MOST_CONTAINERS:
         raise TooManyError(f"it holds more than {_MOST_CONTAINERS} lists and objects")
     try:
-        return json.loads(text.lstrip("\ufeff \t\r\n\x00"), parse_float=_decimal, parse_constant=_nothing)
+        return _DECODER.decode(text.lstrip("\ufeff \t\r\n\x00"))
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
@@ -66,7 +66,9 @@ def unwrapped(document: Any) -> Any:
 
 def is_error(document: Any) -> bool:
     """True for an object that says that something went wrong and holds nothing of an answer."""
-    if not isinstance(document, dict) or any(document.get(name) for name in ("choices", "usage", "meta", "x_groq")):
+    if not isinstance(document, dict):
+        return False
+    if document.get("choices") or document.get("usage") or document.get("meta") or document.get("x_groq"):
         return False
     if document.get("error") or document.get("errors") or document.get("object") == "error":
         return True
@@ -84,3 +86,6 @@ def _decimal(text: str) -> Decimal | None:
 
 def _nothing(name: str) -> None:
     return None
+
+
+_DECODER = json.JSONDecoder(parse_float=_decimal, parse_constant=_nothing)

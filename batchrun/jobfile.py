@@ -7,7 +7,6 @@ is exact; a doubled key, an unknown tag or a document that unfolds without bound
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
@@ -140,15 +139,3 @@ def _reason(exc: YAMLError) -> str:
     mark = getattr(exc, "problem_mark", None)
     problem = getattr(exc, "problem", None) or str(exc).splitlines()[0]
     return f"line {mark.line + 1}: {problem}" if mark is not None else str(problem)
-
-
-def walk_text(value: Any) -> Iterator[str]:
-    """Every text in nested lists and mappings."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from walk_text(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from walk_text(item)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from decimal import ROUND_HALF_EVEN, Decimal, InvalidOperation, localcontext
+from decimal import ROUND_HALF_EVEN, Context, Decimal, InvalidOperation
 
 PICO_PER_USD = 10**12
 CREDITS_PER_USD = 2_000_000
@@ -11,6 +11,8 @@ CREDITS_PER_USD = 2_000_000
 
 _MOST_USD = Decimal(9_000_000)  # a 64-bit integer of pico-dollars ends at 9.2 million
 _MOST = Decimal(10**18)
+_PICO = Decimal(PICO_PER_USD)
+_WIDE = Context(prec=60)
 
 REPORTED = ("reported", "credits")
 """Sources of an amount that the provider has told."""
@@ -49,7 +51,7 @@ def amount(value: object) -> Decimal | None:
     >>> amount("0.001240000"), amount(Decimal("-1")), amount("nan")
     (Decimal('0.001240000'), None, None)
     """
-    if isinstance(value, bool) or not isinstance(value, (int, str, Decimal)):
+    if value is None or isinstance(value, bool) or not isinstance(value, (int, str, Decimal)):
         return None
     try:
         number = Decimal(value.strip() if isinstance(value, str) else value)
@@ -82,9 +84,7 @@ def to_pico(usd: Decimal) -> int:
     >>> to_pico(Decimal("0.000788"))
     788000000
     """
-    with localcontext() as context:
-        context.prec = 60
-        return int((usd * PICO_PER_USD).to_integral_value(rounding=ROUND_HALF_EVEN))
+    return int(_WIDE.multiply(usd, _PICO).to_integral_value(ROUND_HALF_EVEN, _WIDE))
 
 
 def from_pico(pico: int) -> Decimal:

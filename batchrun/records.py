@@ -89,12 +89,12 @@ class Request:
     """Attempts that the slot has had already."""
     messages: int = 1
     """Messages of the conversation."""
-    media: int = 0
-    """Images, files and sounds in them."""
     most_completion_tokens: int | None = None
     """The longest answer that the request allows; None if it sets no bound."""
     is_self_contained: bool = True
     """False if it names something outside, such as an image by its address: its bytes bound no tokens then."""
+    media: int = 0
+    """Images, files and sounds in them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,8 +172,7 @@ class RowFault:
     error: str
 
 
-@dataclass(frozen=True, slots=True)
-class StandingAttempt:
+class StandingAttempt(NamedTuple):
     """A settled attempt, with the slot that it stands in now."""
 
     slot: Slot

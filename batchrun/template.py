@@ -7,15 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from hashlib import blake2b
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import UUID
 
 from jinja2 import TemplateError, Undefined
 from jinja2.exceptions import SecurityError, TemplateSyntaxError, UndefinedError
 
 from batchrun.errors import JobError, listed
+from batchrun.form import Form, filled, has_holes, text_hole, value_hole
 from batchrun.job import Job, PromptSetting
-from batchrun.jobfile import walk_text
 from batchrun.providers import Endpoint
 from batchrun.records import Request, Slot
 from batchrun.sandbox import NullError, Sandbox
@@ -27,6 +27,46 @@ class NotRenderedError(Exception):
 
 
 _Renderer = Callable[[Mapping[str, Any]], Any]
+
+
+class _Shape(NamedTuple):
+    """What bounds the cost of a request."""
+
+    messages: int
+    most_completion_tokens: int | None
+    is_self_contained: bool
+    media: int
+
+
+class _Requests:
+    """Bodies of requests, with holes for the values of a row: how they are keyed, sent and bounded."""
+
+    def __init__(self, body: dict[str, Any], endpoint: Endpoint, stream: dict[str, Any]) -> None:
+        self._body = body
+        self._canonical = Form([endpoint.identity, body], _encode_canonical)
+        self._wire = Form(body | stream, _encode_wire)
+        contents = [message.get("content") for message in body["messages"]]
+        is_fixed = all(isinstance(content, str) for content in contents)
+        is_fixed = is_fixed and not any(
+            has_holes(value) for name, value in body.items() if name not in ("messages", "system")
+        )
+        self._shape = _shape_of(body) if is_fixed else None
+
+    def request(self, slot: Slot, values: Sequence[Any]) -> Request:
+        """The request of a row.
+
+        Raises:
+            NotRenderedError: it cannot be sent.
+        """
+        try:
+            canonical, wire = self._canonical.json(values).encode(), self._wire.json(values).encode()
+        except UnicodeEncodeError:
+            raise NotRenderedError("the prompt has half of a surrogate pair, which no UTF-8 can carry") from None
+        except (ValueError, TypeError, RecursionError, MemoryError) as exc:
+            raise NotRenderedError(f"a parameter cannot be sent as JSON: {exc}") from None
+        shape = self._shape or _shape_of(filled(self._body, values))
+        key = f"b2:{blake2b(canonical, digest_size=16).hexdigest()}"
+        return Request(slot, key, wire, 0, *shape)
 
 
 class Template:
@@ -47,20 +87,23 @@ class Template:
         self._faults: list[str] = []
         self._endpoint = endpoint
         self._model = model
+        self._renders: list[_Renderer] = []
+        """What gives the values for the holes in the messages and parameters."""
         prompt = job.prompt or _default_prompt(columns)
         self._messages_column = prompt.messages_column
-        self._messages: list[_Renderer] = []
+        self._messages: list[dict[str, Any]] = []
         if prompt.messages_column is not None:
             if prompt.messages_column not in columns:
                 self._unknown[prompt.messages_column] = "prompt.messages_column"
             self._used.add(prompt.messages_column)
         elif prompt.messages is not None:
-            for index, message in enumerate(prompt.messages):
-                self._messages.append(self._compile(message, f"prompt.messages.{index}"))
+            self._messages = self._compile(prompt.messages, "prompt.messages")
         else:
             for role, text in (("system", prompt.system), ("user", prompt.user)):
                 if text is not None:
-                    self._messages.append(self._message(role, text, f"prompt.{role}"))
+                    # A YAML block ends with a line end that nobody means to send.
+                    content = self._compile(text.removesuffix("\n"), f"prompt.{role}")
+                    self._messages.append({"role": role, "content": content})
         self._parameters = self._compile(job.parameters, "parameters", keeps_type=True)
         self._stream = stream_fields(endpoint.include_usage) if job.stream else {}
         if self._unknown:
@@ -69,6 +112,9 @@ class Template:
         if self._faults:
             raise JobError("\n".join(["the prompt does not fit the input:", *(f"  {fault}" for fault in self._faults)]))
         self.columns = [name for name in columns if name in self._used]
+        self._compiled: _Requests | None = None
+        if prompt.messages_column is None and not any(has_holes(message.get("role")) for message in self._messages):
+            self._compiled = self._requests(self._messages)
 
     def request(self, row_index: int, row: Mapping[str, Any]) -> Request:
         """The request of a row; its key covers everything that changes the answer.
@@ -76,55 +122,35 @@ class Template:
         Raises:
             NotRenderedError: the row gives no request.
         """
-        body = self._body(row)
-        try:
-            canonical = json.dumps(
-                [self._endpoint.identity, body],
-                sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=plain_json,
-            )  # fmt: skip
-            wire = json.dumps(
-                body | self._stream,
-                ensure_ascii=False,
-                separators=(",", ":"),
-                allow_nan=False,
-                default=plain_json,
-            )
-            digest = blake2b(canonical.encode(), digest_size=16).hexdigest()
-            encoded = wire.encode()
-        except UnicodeEncodeError:
-            raise NotRenderedError("the prompt has half of a surrogate pair, which no UTF-8 can carry") from None
-        except (ValueError, TypeError, RecursionError, MemoryError) as exc:
-            raise NotRenderedError(f"a parameter cannot be sent as JSON: {exc}") from None
-        return Request(
-            Slot(row_index, self._model),
-            f"b2:{digest}",
-            encoded,
-            messages=len(body["messages"]) + ("system" in body),
-            most_completion_tokens=most_completion_tokens(body),
-            is_self_contained=is_self_contained(body),
-            media=inline_media(body),
-        )
+        values = self._values(row)
+        messages = self._conversation(row, values)
+        # Where the roles come from the row, so does the form of the request.
+        requests = self._compiled or self._requests(messages)
+        return requests.request(Slot(row_index, self._model), values)
 
     def messages(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
         """The rendered conversation of a row."""
+        return self._conversation(row, self._values(row))
+
+    def _requests(self, messages: Sequence[Mapping[str, Any]]) -> _Requests:
+        body = request_body(self._model, messages, self._parameters, system=self._endpoint.system)
+        return _Requests(body, self._endpoint, self._stream)
+
+    def _conversation(self, row: Mapping[str, Any], values: Sequence[Any]) -> list[dict[str, Any]]:
         if self._messages_column is not None:
             messages = _conversation(row.get(self._messages_column), self._messages_column)
         else:
-            messages = [self._render(render, row) for render in self._messages]
+            messages = filled(self._messages, values)
         asked = [message for message in messages if message.get("role") == "user"]
         if asked and all(_is_blank(message.get("content")) for message in asked):
             raise NotRenderedError("the prompt is blank")
         return messages
 
-    def _body(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        return request_body(
-            self._model, self.messages(row), self._render(self._parameters, row), system=self._endpoint.system
-        )
-
-    def _render(self, render: _Renderer, row: Mapping[str, Any]) -> Any:
+    def _values(self, row: Mapping[str, Any]) -> list[Any]:
+        """What goes into the holes."""
         self._sandbox.begin()
         try:
-            return render(row)
+            return [render(row) for render in self._renders]
         except NullError:
             nulls = [name for name in self.columns if row.get(name) is None]
             where = f"null in this row: {', '.join(nulls)}" if nulls else "a null inside a column"
@@ -138,33 +164,25 @@ class Template:
 
     # --- compiling ------------------------------------------------------------------------------------------
 
-    def _message(self, role: str, text: str, place: str) -> _Renderer:
-        # A YAML block ends with a line end that nobody means to send.
-        content = self._compile(text.removesuffix("\n"), place)
-        return lambda row: {"role": role, "content": content(row)}
-
-    def _compile(self, value: Any, place: str, *, keeps_type: bool = False) -> _Renderer:
-        """A function row → value for nested lists and mappings whose texts are templates."""
-        if not any("{" in text for text in walk_text(value)):
-            return lambda row: value
-        if isinstance(value, str):
-            return self._compile_text(value, place, keeps_type)
+    def _compile(self, value: Any, place: str, *, keeps_type: bool = False) -> Any:
+        """Nested lists and mappings with a hole for each text that is a template."""
         if isinstance(value, list):
-            items = [self._compile(item, f"{place}.{index}", keeps_type=keeps_type) for index, item in enumerate(value)]
-            return lambda row: [item(row) for item in items]
-        fields = {key: self._compile(item, f"{place}.{key}", keeps_type=keeps_type) for key, item in value.items()}
-        return lambda row: {key: field(row) for key, field in fields.items()}
+            return [self._compile(item, f"{place}.{index}", keeps_type=keeps_type) for index, item in enumerate(value)]
+        if isinstance(value, dict):
+            return {key: self._compile(item, f"{place}.{key}", keeps_type=keeps_type) for key, item in value.items()}
+        return self._compile_text(value, place, keeps_type) if isinstance(value, str) and "{" in value else value
 
-    def _compile_text(self, text: str, place: str, keeps_type: bool) -> _Renderer:
+    def _compile_text(self, text: str, place: str, keeps_type: bool) -> str:
+        """A hole for the value of a template."""
         try:
             render, names = self._sandbox.text_of(text)
             expression = self._sandbox.value_of(text) if keeps_type else None
         except TemplateSyntaxError as exc:
             self._faults.append(f"{place}: template line {exc.lineno}: {exc.message}")
-            return lambda row: ""
+            return ""
         except (TemplateError, RecursionError, SyntaxError, ValueError) as exc:
             self._faults.append(f"{place}: {exc}")
-            return lambda row: ""
+            return ""
         for name in sorted(names):
             if name in self._available:
                 self._used.add(name)
@@ -173,9 +191,21 @@ class Template:
             elif name not in self._sandbox.globals:
                 self._unknown.setdefault(name, place)
         has_row = "row" in names and "row" not in self._available
+        number = len(self._renders)
         if expression is not None:
-            return lambda row: _typed(expression(_named(row, has_row)))
-        return lambda row: render(_named(row, has_row))
+            self._renders.append(lambda row: _typed(expression(_named(row, has_row))))
+            return value_hole(number)
+        self._renders.append(lambda row: render(_named(row, has_row)))
+        return text_hole(number)
+
+
+def _shape_of(body: Mapping[str, Any]) -> _Shape:
+    return _Shape(
+        len(body["messages"]) + ("system" in body),
+        most_completion_tokens(body),
+        is_self_contained(body),
+        inline_media(body),
+    )
 
 
 def _named(row: Mapping[str, Any], has_row: bool) -> Mapping[str, Any]:
@@ -250,3 +280,9 @@ def plain_json(value: Any) -> Any:
     if isinstance(value, bytes):
         return value.decode("utf-8", errors="replace")
     raise ValueError(f"a {type(value).__name__} has no form in JSON")
+
+
+_encode_canonical = json.JSONEncoder(
+    sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=plain_json
+).encode
+_encode_wire = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=plain_json).encode

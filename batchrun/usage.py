@@ -7,7 +7,6 @@ output is `billable_output`. A count that nobody reported is None, never 0.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from decimal import Decimal
 from typing import Any
@@ -48,12 +47,17 @@ class Usage:
         return billed
 
 
+NO_USAGE = Usage()
+
+
 def count(value: object) -> int | None:
     """Read one count from JSON: an integer, also as `16.0` or `"16"`; anything else is None.
 
     >>> count(Decimal("16.0")), count(True), count(-1), count(1.5)
     (16, None, None, None)
     """
+    if type(value) is int:
+        return value if 0 <= value <= _MOST else None
     if isinstance(value, bool):
         return None
     if isinstance(value, str):
@@ -65,19 +69,21 @@ def count(value: object) -> int | None:
     return None
 
 
-def _most(*values: int | None) -> int | None:
-    known = [value for value in values if value is not None]
-    return max(known) if known else None
+def _most(first: int | None, second: int | None) -> int | None:
+    if first is None or second is None:
+        return second if first is None else first
+    return max(first, second)
 
 
-def _part(usage: Mapping[str, Any], outer: tuple[str, ...], inner: tuple[str, ...]) -> int | None:
+def _part(usage: dict[str, Any], outer: tuple[str, ...], inner: tuple[str, ...]) -> int | None:
     """The largest sighting of a count under any of its names: `outer.inner`, or `inner` at the top."""
-    sightings = [count(usage.get(name)) for name in inner]
-    for name in outer:
-        details = usage.get(name)
-        if isinstance(details, Mapping):
-            sightings += [count(details.get(key)) for key in inner]
-    return _most(*sightings)
+    found = None
+    for holder in (usage, *[usage.get(name) for name in outer]):
+        if isinstance(holder, dict):
+            for name in inner:
+                if name in holder:
+                    found = _most(found, count(holder[name]))
+    return found
 
 
 _READ_DETAILS = ("prompt_tokens_details", "input_tokens_details")
@@ -86,11 +92,11 @@ _WRITTEN_DETAILS = ("completion_tokens_details", "output_tokens_details")
 
 def read_usage(usage: object) -> Usage:
     """One sighting of a `usage` object, names mapped, nothing added up between its sides."""
-    if not isinstance(usage, Mapping):
-        return Usage()
+    if not isinstance(usage, dict):
+        return NO_USAGE
     cached = _part(usage, _READ_DETAILS, ("cached_tokens", "cache_read_input_tokens", "prompt_cache_hit_tokens"))
     written = _part(usage, _READ_DETAILS, ("cache_write_tokens", "cache_creation_input_tokens"))
-    if written is None and isinstance(lifetimes := usage.get("cache_creation"), Mapping):
+    if written is None and isinstance(lifetimes := usage.get("cache_creation"), dict):
         known = [value for value in map(count, lifetimes.values()) if value is not None]
         written = sum(known) if known else None
     prompt, apart = count(usage.get("prompt_tokens")), count(usage.get("input_tokens"))
@@ -117,6 +123,8 @@ def _with_parts(prompt: int | None, cached: int | None, written: int | None) -> 
 
 def merge(first: Usage, second: Usage) -> Usage:
     """Field-wise maximum of two sightings: neither the sum nor the last of a stream is right."""
+    if first is NO_USAGE or second is NO_USAGE:
+        return second if first is NO_USAGE else first
     return Usage(*(_most(getattr(first, field.name), getattr(second, field.name)) for field in fields(Usage)))
 
 

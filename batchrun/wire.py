@@ -17,7 +17,7 @@ from batchrun.failures import failure_of, request_id_of
 from batchrun.money import CREDITS_PER_USD, amount, usd_from_credits, usd_from_wire
 from batchrun.records import Action, Answer, Failure
 from batchrun.sse import Event, EventParser
-from batchrun.usage import Usage, count, merge, read_usage, settle
+from batchrun.usage import NO_USAGE, Usage, count, merge, read_usage, settle
 
 _FINISH = {
     "stop": "stop", "end_turn": "stop", "stop_sequence": "stop", "eos": "stop",
@@ -162,7 +162,7 @@ class AnswerReader:
     def is_bare_error(self) -> bool:
         """True for a 2xx that holds an error and nothing of an answer: neither a piece of it nor counts."""
         merged = self._merged
-        return merged.failure is not None and not merged.has_content and merged.usage == Usage()
+        return merged.failure is not None and not merged.has_content and merged.usage == NO_USAGE
 
     def reported_cost(self) -> tuple[Decimal | None, str | None]:
         """Dollars that the provider reports, and `reported` or `credits`."""
@@ -327,19 +327,12 @@ def _reported(
 ) -> tuple[Decimal | None, str | None, Decimal | None, bool]:
     """AI/ML API's own cost: dollars, source, credits, and whether the two disagree by more than a credit."""
     used = meta.get("usage")
-    usage: Mapping[str, Any] = used if isinstance(used, Mapping) else {}
-    credits_used = next(
-        (
-            value
-            for value in (
-                amount(usage.get("credits_used")),
-                amount(headers.get("x-aimlapi-credits-used")),
-                amount(usage.get("tokens_used")),  # the old name of the same
-            )
-            if value is not None
-        ),
-        None,
-    )
+    usage: dict[str, Any] = used if isinstance(used, dict) else {}
+    credits_used = amount(usage.get("credits_used"))
+    if credits_used is None:
+        credits_used = amount(headers.get("x-aimlapi-credits-used"))
+    if credits_used is None:
+        credits_used = amount(usage.get("tokens_used"))  # the old name of the same
     usd = usd_from_wire(usage.get("usd_spent"))
     if usd is None:
         usd = usd_from_wire(headers.get("x-aimlapi-usd-spent"))
@@ -360,7 +353,7 @@ class _Merged:
     """What the documents of one answer add up to; a plain answer is a stream of one."""
 
     def __init__(self) -> None:
-        self.usage = Usage()
+        self.usage = NO_USAGE
         self.meta: dict[str, Any] = {}
         self.cost: Any = None
         self.model: str | None = None
@@ -390,10 +383,10 @@ class _Merged:
         """Take one document: a whole answer, or one chunk, also in the wrapper from before February 13, 2026."""
         self.has_any = True
         state, wrapped = document.get("state"), document.get("event")
-        if isinstance(wrapped, Mapping):
+        if isinstance(wrapped, dict):
             self._take_outside(document, headers)
             document = wrapped
-        if isinstance(state, Mapping):
+        if isinstance(state, dict):
             self.usage = merge(self.usage, read_usage(state.get("usage")))
             if isinstance(reason := state.get("finishReason"), str) and reason and self.finish is None:
                 self.finish = sound(reason)
@@ -417,20 +410,20 @@ class _Merged:
     def _take_counts(self, document: Mapping[str, Any], headers: Mapping[str, str]) -> None:
         usage = document.get("usage")
         self.usage = merge(self.usage, read_usage(usage))
-        if isinstance(usage, Mapping) and usage.get("cost") is not None:
+        if isinstance(usage, dict) and usage.get("cost") is not None:
             self.cost = usage["cost"]
         groq = document.get("x_groq")
-        if isinstance(groq, Mapping):
+        if isinstance(groq, dict):
             self.usage = merge(self.usage, read_usage(groq.get("usage")))
             if groq.get("error"):
                 self.fail(failure_of({"error": groq["error"]}, headers))
-        if isinstance(meta := document.get("meta"), Mapping):
+        if isinstance(meta := document.get("meta"), dict):
             for name, value in meta.items():
                 earlier = self.meta.get(name)
-                if isinstance(earlier, dict) and isinstance(value, Mapping):
+                if isinstance(earlier, dict) and isinstance(value, dict):
                     earlier.update({key: said for key, said in value.items() if said is not None})
                 elif value is not None:
-                    self.meta[name] = dict(value) if isinstance(value, Mapping) else value
+                    self.meta[name] = dict(value) if isinstance(value, dict) else value
 
     def _take_choice(self, choice: Mapping[str, Any], headers: Mapping[str, str]) -> None:
         if choice.get("error"):
@@ -439,9 +432,9 @@ class _Merged:
         if isinstance(reason, str) and reason:
             self.finish = sound(reason)
         delta, message = choice.get("delta"), choice.get("message")
-        if isinstance(delta, Mapping) and (delta or not isinstance(message, Mapping)):
+        if isinstance(delta, dict) and (delta or not isinstance(message, dict)):
             self._take_message(delta)
-        elif isinstance(message, Mapping) and not self.has_content:
+        elif isinstance(message, dict) and not self.has_content:
             # A last chunk may repeat the whole message; it adds nothing to the pieces that came before.
             self._take_message(message)
         elif isinstance(text := choice.get("text"), str):
@@ -451,7 +444,7 @@ class _Merged:
         content = message.get("content")
         if isinstance(content, str):
             self._say(content)
-        elif isinstance(content, (list, Mapping)):
+        elif isinstance(content, (list, dict)):
             for part in content if isinstance(content, list) else [content]:
                 self._take_part(part)
         for name in ("reasoning_content", "reasoning"):
@@ -461,24 +454,24 @@ class _Merged:
         else:
             details = message.get("reasoning_details")
             for detail in details if isinstance(details, list) else ():
-                if isinstance(detail, Mapping) and isinstance(said := detail.get("text"), str):
+                if isinstance(detail, dict) and isinstance(said := detail.get("text"), str):
                     self.reasoning.append(said)
         if isinstance(refusal := message.get("refusal"), str) and refusal:
             self.refusal.append(refusal)
         calls = message.get("tool_calls")
         for position, call in enumerate(calls if isinstance(calls, list) else ()):
-            if isinstance(call, Mapping):
+            if isinstance(call, dict):
                 self._take_tool_call(position, call)
         function = message.get("function_call")
-        if isinstance(function, Mapping):
+        if isinstance(function, dict):
             self._take_tool_call(0, {"type": "function", "function": function})
 
     def _take_part(self, part: object) -> None:
         if isinstance(part, str):
             self._say(part)
-        elif isinstance(part, Mapping):
+        elif isinstance(part, dict):
             said = part.get("text")
-            if isinstance(said, Mapping):
+            if isinstance(said, dict):
                 said = said.get("value")
             if isinstance(said, str):
                 self._say(said)
@@ -497,7 +490,7 @@ class _Merged:
         if isinstance(call.get("type"), str):
             tool["type"] = call["type"]
         function = call.get("function")
-        if isinstance(function, Mapping):
+        if isinstance(function, dict):
             if isinstance(name := function.get("name"), str) and name:
                 tool["name"] = name
             arguments = function.get("arguments")
@@ -515,7 +508,7 @@ class _Merged:
 
 def _first_choice(choices: Sequence[object]) -> Mapping[str, Any] | None:
     """The choice with index 0, or without one; in a whole answer the only choice, whatever its index."""
-    found = [choice for choice in choices if isinstance(choice, Mapping)]
+    found = [choice for choice in choices if isinstance(choice, dict)]
     first = next((choice for choice in found if choice.get("index") in (0, None, "0")), None)
     is_only = len(found) == 1 and "message" in found[0]
     return found[0] if first is None and is_only else first

@@ -168,7 +168,7 @@ class Provider(httpx.AsyncBaseTransport):
     async def act(self, request: httpx.Request, name: str) -> httpx.Response:
         chance, world = self.chance, self.world
         fate = chance.choices(list(world.faults), list(world.faults.values()))[0]
-        prompt = json.loads(request.content)["messages"][-1]["content"]
+        prompt = json.loads(await request.aread())["messages"][-1]["content"]
         tokens = len(prompt) // 4 + 1, chance.randrange(1, MOST_TOKENS + 1)
         usd = INPUT_USD * tokens[0] + OUTPUT_USD * tokens[1]
         is_done = fate not in UNBILLED and not (fate in ("hang", "hangup") and chance.random() < 0.3)
@@ -299,9 +299,9 @@ def invoke(world: World, defect: str | None = None) -> int:
         loop.call_later(at, jump, seconds)
     provider = Provider(world)
     records.time = SimpleNamespace(time_ns=wall)  # type: ignore[attr-defined]
-    chat._transport = lambda base_url, concurrency: provider  # type: ignore[assignment,return-value]
+    chat.Transport = lambda *args, **keys: provider  # type: ignore[assignment,misc]
     spending.price_list = lambda endpoint, etag: None  # type: ignore[attr-defined]
-    asyncio.events.new_event_loop = lambda: loop
+    invocation._new_loop = lambda: loop  # type: ignore[assignment]
     if defect is not None:
         defects.plant(defect)
     job = load_job(world.folder / "job.yaml")

@@ -8,10 +8,10 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "batchrun"
 
 FLOORS = [
-    {"errors", "usage", "sse", "columns", "uniqueness", "documents", "folders", "inflate", "scrub", "sandbox"},
+    {"errors", "usage", "sse", "columns", "uniqueness", "documents", "folders", "form", "inflate", "scrub", "sandbox"},
     {"money", "providers", "jobfile", "lock", "migrations"},
     {"records", "job", "prices", "projection", "fetch"},
-    {"failures", "ledger_view"},
+    {"failures", "ledger_view", "transport"},
     {"wire", "accounts", "jsonl"},
     {
         "source",
@@ -69,7 +69,9 @@ def test_imports_point_down() -> None:
 
 def test_only_one_room_knows_each_outside_thing() -> None:
     owners = {
-        "httpx": {"chat", "catalog", "provider_log", "fetch"}, "aiohttp": {"chat"},
+        "httpx": {"chat", "catalog", "provider_log", "fetch", "transport"},
+        "aiohttp": {"transport"}, "yarl": {"transport"},
+        "uvloop": {"invocation"},
         "tenacity": {"retry", "provider_log"},
         "click": {"cli"},
         "tqdm": {"progress"},
