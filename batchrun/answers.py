@@ -177,7 +177,7 @@ def _answer_columns(attempt: StandingAttempt) -> dict[str, Any]:
     }
     if attempt.body is None:
         return columns
-    answer = read_answer(attempt.body, {}, streamed=attempt.streamed)
+    answer = read_answer(attempt.body, {}, streamed=attempt.streamed, counts=False)
     if isinstance(answer, Answer):
         columns |= {
             "response": answer.text,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pyarrow as pa
@@ -39,8 +41,19 @@ def summarise(plan: Plan, ledger: LedgerView, run: Run, rows: int) -> Summary:
     )
 
 
-def write_output(plan: Plan, ledger: LedgerView, run: Run, output: Path, summary: Summary) -> None:
+def write_output(
+    plan: Plan,
+    ledger: LedgerView,
+    run: Run,
+    output: Path,
+    summary: Callable[[], Summary],
+    wait: Callable[[int, int], None] = lambda start, stop: None,
+) -> None:
     """Write the Parquet of a run.
+
+    Args:
+        summary: called after the last row.
+        wait: called before the rows `start` ≤ index < `stop` are looked up; returns when nothing more happens to them.
 
     Raises:
         StorageError: it cannot be written.
@@ -50,12 +63,84 @@ def write_output(plan: Plan, ledger: LedgerView, run: Run, output: Path, summary
     placed = ledger.placed_input(run)
 
     def manifest() -> str:
+        found = summary()
         # An input that changes while it is read again is the user's doing, and no broken promise.
         if plan.is_placed_as(placed):
-            _check_sums(summary, results)
-        return exact_json(summary.manifest())
+            _check_sums(found, results)
+        return exact_json(found.manifest())
 
-    write_parquet(output, plan.schema, expected_batches(plan, ledger, run, results), manifest)
+    write_parquet(output, plan.schema, expected_batches(plan, ledger, run, results, wait), manifest)
+
+
+class _GivenUpError(Exception):
+    """An output that is not wanted after all."""
+
+
+class EarlyOutput:
+    """Writes the output behind a run that has no more rows to draw, while its last answers are awaited.
+
+    It goes as far as the first row that is not settled yet, waits there for the end of the run, and ends the file then.
+    """
+
+    def __init__(self, plan: Plan, run: Run, output: Path, *, retry_failed: bool) -> None:
+        self._plan = plan
+        self._retry_failed = retry_failed
+        self._run = run
+        self._output = output
+        self._thread: threading.Thread | None = None
+        self._is_over = threading.Event()
+        self._summary: Summary | None = None
+        self._error: BaseException | None = None
+
+    def start(self) -> None:
+        """Begin, in a thread of its own."""
+        self._thread = threading.Thread(target=self._write, name="output")
+        self._thread.start()
+
+    def finish(self, summary: Summary) -> bool:
+        """The run is over: end the file. False if none was begun.
+
+        Raises:
+            StorageError: it cannot be written.
+            BrokenPromiseError: its rows do not add up to the ledger.
+        """
+        self._summary = summary
+        self._end()
+        if self._error is not None:
+            raise self._error
+        return self._thread is not None
+
+    def give_up(self) -> None:
+        """What was begun and not finished is not wanted; it leaves no trace."""
+        self._end()
+
+    def _end(self) -> None:
+        self._is_over.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _write(self) -> None:
+        try:
+            # SQLite's connections belong to their thread.
+            with closing(LedgerView.read(self._plan.job.ledger_path)) as ledger:
+
+                def wait(start: int, stop: int) -> None:
+                    if self._is_over.is_set() or not ledger.is_settled(
+                        self._run, start, stop, retry_failed=self._retry_failed
+                    ):
+                        self._last_word()
+
+                write_output(self._plan, ledger, self._run, self._output, self._last_word, wait)
+        except _GivenUpError:
+            pass
+        except BaseException as exc:  # noqa: BLE001 - it is for whoever waits for the file
+            self._error = exc
+
+    def _last_word(self) -> Summary:
+        self._is_over.wait()
+        if self._summary is None:
+            raise _GivenUpError
+        return self._summary
 
 
 def results_of(plan: Plan, run: Run) -> Results:
@@ -69,9 +154,16 @@ def results_of(plan: Plan, run: Run) -> Results:
     )
 
 
-def expected_batches(plan: Plan, ledger: LedgerView, run: Run, results: Results) -> Iterator[pa.RecordBatch]:
-    """The rows of a run's output, from its input and what the ledger holds now."""
+def expected_batches(
+    plan: Plan,
+    ledger: LedgerView,
+    run: Run,
+    results: Results,
+    wait: Callable[[int, int], None] = lambda start, stop: None,
+) -> Iterator[pa.RecordBatch]:
+    """The rows of a run's output, from its input and what the ledger holds when it comes to them."""
     for batch in plan.source.batches():
+        wait(batch.start, batch.start + batch.rows.num_rows)
         for start, stop in _pieces(ledger, run, batch.start, batch.start + batch.rows.num_rows):
             columns = results.batch(
                 start, stop - start, ledger.standing(run, start, stop), ledger.row_faults(run, start, stop)

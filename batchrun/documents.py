@@ -36,10 +36,14 @@ def parse_json(raw: bytes | str) -> Any:
     text = raw.decode("utf-8", errors="replace") if isinstance(raw, bytes) else raw
     if len(text) > _MOST_CONTAINERS and _containers(text) > _MOST_CONTAINERS:
         raise TooManyError(f"it holds more than {_MOST_CONTAINERS} lists and objects")
+    text = text.lstrip("\ufeff \t\r\n\x00")
     try:
-        return _DECODER.decode(text.lstrip("\ufeff \t\r\n\x00"))
+        document, end = _DECODER.raw_decode(text)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    if end < len(text) and text[end:].strip(" \t\r\n"):
+        raise ValueError(f"something follows it: {text[end:][:60]!r}")
+    return document
 
 
 def sound(text: str) -> str:

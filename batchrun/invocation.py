@@ -14,16 +14,17 @@ from typing import IO
 
 from batchrun import accounts, local
 from batchrun.budget import Budget
-from batchrun.delivery import summarise, write_output
+from batchrun.delivery import EarlyOutput, summarise, write_output
 from batchrun.errors import BatchrunError, BrokenPromiseError, ExitCode, JobError, Promise, StorageError
 from batchrun.job import Job
 from batchrun.ledger import Ledger
-from batchrun.ledger_view import Run
+from batchrun.ledger_view import Run, known_input
 from batchrun.money import usd_text
 from batchrun.plan import Plan, place
 from batchrun.prices import Pricing
 from batchrun.progress import Progress
 from batchrun.projection import Projection, project
+from batchrun.rates import Rates
 from batchrun.records import Request
 from batchrun.runner import ASKED_AGAIN, NO_ROOM, Runner, Stop
 from batchrun.sink import check_writable
@@ -79,7 +80,7 @@ def run(job: Job, options: Options, environ: Mapping[str, str], *, say: Say, str
         BatchrunError: whatever keeps the job from being run; its `exit_code` is the process's.
     """
     began = time.monotonic()
-    plan = Plan.to_run(job, environ)
+    plan = Plan.to_run(job, environ, known_input(job.ledger_path))
     _allow_connections(job.concurrency)
     opened = Ledger.open(
         job.ledger_path,
@@ -102,12 +103,16 @@ def run(job: Job, options: Options, environ: Mapping[str, str], *, say: Say, str
         with _end_recorded(ledger, current):
             rows = place(plan, ledger, current)
             settled = _announce(context, rows)
-            ended = _ask(context, rows, settled)
-            if ended.stop is not None and ended.stop is not NO_ROOM:
-                say(ended.stop.message)
-            if ended.stop is not None and ended.stop.reason == "auth" and plan.endpoint.key_variable:
-                say(f"look at the key in {plan.endpoint.key_variable}, then run again to go on")
-            summary = _finish(context, rows, ended)
+            early = EarlyOutput(plan, current, plan.output_path(current), retry_failed=options.retry_failed)
+            try:
+                ended = _ask(context, rows, settled, early)
+                if ended.stop is not None and ended.stop is not NO_ROOM:
+                    say(ended.stop.message)
+                if ended.stop is not None and ended.stop.reason == "auth" and plan.endpoint.key_variable:
+                    say(f"look at the key in {plan.endpoint.key_variable}, then run again to go on")
+                summary = _finish(context, rows, ended, early)
+            finally:
+                early.give_up()
         summary = replace(summary, seconds=time.monotonic() - began)
     return _with_advice(plan, summary)
 
@@ -152,13 +157,13 @@ def _announce(context: _Context, rows: int) -> int:
     return ok + failed
 
 
-def _ask(context: _Context, rows: int, settled: int) -> _Ended:
+def _ask(context: _Context, rows: int, settled: int, early: EarlyOutput) -> _Ended:
     """Send what is missing."""
     plan, ledger, current, options = context.plan, context.ledger, context.run, context.options
     only = None
     if options.sample is not None:
         only = _draw(plan.pending_rows(ledger, current, rows, retry_failed=options.retry_failed), options.sample)
-    pending = plan.pending(ledger, current, retry_failed=options.retry_failed, only=only)
+    pending = plan.pending(ledger, current, rows, retry_failed=options.retry_failed, only=only)
     first = next(pending, None)
     if first is None:
         return _Ended()
@@ -176,7 +181,7 @@ def _ask(context: _Context, rows: int, settled: int) -> _Ended:
         progress = Progress(context.stream, total=total, rows=rows, settled=settled, usd=usd, tokens=tokens)
     try:
         with asyncio.Runner(loop_factory=_new_loop) as runner:
-            ended = runner.run(_drive(context, _chain(first, pending), pricing, budget, progress))
+            ended = runner.run(_drive(context, _chain(first, pending), pricing, budget, progress, early))
         if ended.stop is None or ended.stop.exit_code not in _BROKEN:
             check_cap(plan, ledger, current, budget)
         return ended
@@ -222,7 +227,12 @@ def _chain(first: Request, rest: Iterator[Request]) -> Iterator[Request]:
 
 
 async def _drive(
-    context: _Context, requests: Iterator[Request], pricing: Pricing, budget: Budget, progress: Progress | None
+    context: _Context,
+    requests: Iterator[Request],
+    pricing: Pricing,
+    budget: Budget,
+    progress: Progress | None,
+    early: EarlyOutput,
 ) -> _Ended:
     from batchrun.chat import ChatSender
 
@@ -242,12 +252,14 @@ async def _drive(
             sender,
             requests,
             budget,
+            Rates(job.requests_per_minute, job.tokens_per_minute),
             concurrency=job.concurrency,
             max_attempts=job.retry.max_attempts,
             max_seconds=job.retry.max_seconds,
             stop_seconds=job.stop_seconds,
             clock=asyncio.get_running_loop().time,
             on_settled=progress.settle if progress is not None else lambda settlement: None,
+            on_drained=early.start,
         )
         ticking = asyncio.create_task(_tick(progress)) if progress is not None else None
         with _signals_to(runner, job.stop_seconds, context.say):
@@ -290,7 +302,7 @@ async def _tick(progress: Progress) -> None:
         progress.tick()
 
 
-def _finish(context: _Context, rows: int, ended: _Ended) -> Summary:
+def _finish(context: _Context, rows: int, ended: _Ended, early: EarlyOutput) -> Summary:
     """Write the output and settle how the invocation ended."""
     plan, ledger, current, say = context.plan, context.ledger, context.run, context.say
     stop = ended.stop
@@ -328,7 +340,10 @@ def _finish(context: _Context, rows: int, ended: _Ended) -> Summary:
     is_wanted = (is_whole or plan.job.output.partial) and not (stop is not None and stop.is_immediate)
     if is_wanted and is_readable and not is_broken:
         output = plan.output_path(current)
-        write_output(plan, ledger, current, output, summary)
+        if is_changed:
+            early.give_up()
+        if is_changed or not early.finish(summary):
+            write_output(plan, ledger, current, output, lambda: summary)
         ledger.note_output(current)
         summary = replace(summary, output=str(output))
     ledger.end_invocation(current, exit_code=exit_code, reason=reason, is_finished=is_whole and stop is None)

@@ -251,8 +251,10 @@ class Job(_Setting):
     stream: bool = Field(False, description="Ask for server-sent events.")
     samples: int = Field(1, description=_NOT_YET)
     concurrency: int = Field(32, ge=1, le=10_000, description="The most requests in flight.")
-    requests_per_minute: Any = Field(None, description=_NOT_YET)
-    tokens_per_minute: Any = Field(None, description=_NOT_YET)
+    requests_per_minute: int | None = Field(None, ge=1, le=10**9, description="The most requests in any minute.")
+    tokens_per_minute: int | None = Field(
+        None, ge=1, le=10**12, description="The most tokens in any minute, read and written."
+    )
     timeout_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
         600.0, description="The whole of one attempt."
     )
@@ -272,7 +274,7 @@ class Job(_Setting):
 
     _path: Path = PrivateAttr(default=Path("job.yaml"))
 
-    @field_validator("requests_per_minute", "tokens_per_minute", "labels", "schema_", "evaluate", mode="before")
+    @field_validator("labels", "schema_", "evaluate", mode="before")
     @classmethod
     def _later(cls, value: Any) -> Any:
         if value is not None:

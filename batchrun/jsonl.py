@@ -34,13 +34,13 @@ class Inferred(NamedTuple):
     """Columns with a whole number that no float can hold: the line of the first, and the number."""
 
 
-def records(lines: Iterable[str], path: Path) -> Iterator[Record]:
-    """Every record of a file.
+def records(lines: Iterable[str], path: Path, first_line: int = 0) -> Iterator[Record]:
+    """Every record of a file. `first_line`: the number of lines before these.
 
     Raises:
         InputError: a line is no JSON object, or one that cannot be carried on; it names the line.
     """
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(lines, first_line + 1):
         if not line.strip():
             continue
         try:

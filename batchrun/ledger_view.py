@@ -9,7 +9,7 @@ import json
 import os
 import sqlite3
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from decimal import Decimal
 from hashlib import blake2b
 from pathlib import Path
@@ -178,6 +178,42 @@ class LedgerView:
                 found[Slot(*fault)] = SlotState(False, True, 0)
         return found
 
+    def unsettled(self, run: Run, rows: int, *, retry_failed: bool) -> Iterator[tuple[int, int]]:
+        """Ranges of rows, in order, that hold every row that is still to be asked, and few others.
+
+        Args:
+            rows: of the input.
+            retry_failed: failed rows are to be asked too.
+        """
+        settled = self._settled_by_chunk(run, retry_failed=retry_failed)
+        start = None
+        for first in range(0, rows, _CHUNK_ROWS):
+            is_settled = settled.get(first // _CHUNK_ROWS, 0) >= min(_CHUNK_ROWS, rows - first)
+            if start is None and not is_settled:
+                start = first
+            elif start is not None and is_settled:
+                yield start, first
+                start = None
+        if start is not None:
+            yield start, rows
+
+    def is_settled(self, run: Run, start: int, stop: int, *, retry_failed: bool) -> bool:
+        """True if the rows `start` ≤ index < `stop` are all settled for certain: none of them will be asked."""
+        return sum(self._settled_by_chunk(run, start, stop, retry_failed=retry_failed).values()) >= stop - start
+
+    def _settled_by_chunk(self, run: Run, start: int = 0, stop: int = 2**62, *, retry_failed: bool) -> dict[int, int]:
+        """How many rows of each chunk are settled for certain."""
+        if self._has_moved(run):
+            return {}  # then the number of a row says little
+        is_settled = "ok" if retry_failed else "(ok OR final)"
+        rows = self.rows(
+            f"SELECT row_index / {_CHUNK_ROWS}, count(*) FROM (SELECT row_index, max(outcome = 'ok') AS ok, "
+            f"{NEWEST_IS_FINAL} AS final FROM attempt WHERE run = ? AND row_index >= ? AND row_index < ? "
+            f"AND outcome IS NOT NULL GROUP BY row_index, model, sample) WHERE {is_settled} GROUP BY 1",
+            (run.run, start, stop),
+        )
+        return dict(rows)
+
     def standing(self, run: Run, start: int, stop: int) -> Iterator[StandingAttempt]:
         """Settled attempts of the slots in rows `start` ≤ index < `stop`, slot by slot, oldest first."""
         decompress = zstandard.ZstdDecompressor().decompress
@@ -263,7 +299,7 @@ class LedgerView:
             "SELECT row_index AS at, charged.* FROM charged WHERE run = :run AND row_index >= :start "
             "AND row_index < :stop AND outcome IS NOT NULL"
         )
-        if self._value("SELECT 1 FROM moved WHERE run = ? LIMIT 1", run.run) is None:
+        if not self._has_moved(run):
             return own
         return (
             f"{own} AND NOT EXISTS (SELECT 1 FROM moved WHERE moved.run = charged.run "
@@ -273,6 +309,9 @@ class LedgerView:
             "JOIN charged USING (run, row_index, model, sample, key) "
             "WHERE moved.run = :run AND moved.to_row >= :start AND moved.to_row < :stop AND outcome IS NOT NULL"
         )
+
+    def _has_moved(self, run: Run) -> bool:
+        return self._value("SELECT 1 FROM moved WHERE run = ? LIMIT 1", run.run) is not None
 
     def rows(self, sql: str, parameters: Any = ()) -> list[tuple[Any, ...]]:
         """What a query gives, all at once."""
@@ -290,8 +329,19 @@ class LedgerView:
         return row[0] if row else None
 
 
+_CHUNK_ROWS = 1024
 # Of a slot's attempts only the newest tells whether it is failed: one that is asked again is pending meanwhile.
 NEWEST_IS_FINAL = "max(attempt_id * 2 + final) & 1"
+
+
+def known_input(path: Path) -> dict[str, Any] | None:
+    """The input that a ledger's newest answers are placed by; None if there is none, or it cannot be told."""
+    if not path.exists():
+        return None
+    with suppress(StorageError), closing(LedgerView.read(path)) as view:
+        run = view.last_run()
+        return view.placed_input(run) if run is not None else None
+    return None
 
 
 def everywhere(run: Run) -> dict[str, int]:

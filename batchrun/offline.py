@@ -179,7 +179,7 @@ def rewrite(job: Job, ledger: Ledger, run: Run, known: Snapshot) -> Summary:
     output = plan.output_path(run)
     rows = place(plan, ledger, run)
     summary = replace(summarise(plan, ledger, run, rows), output=str(output), reason=known.reason)
-    write_output(plan, ledger, run, output, summary)
+    write_output(plan, ledger, run, output, lambda: summary)
     ledger.note_output(run)
     return summary
 

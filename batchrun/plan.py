@@ -19,6 +19,7 @@ from batchrun.job import Job
 from batchrun.ledger import Ledger
 from batchrun.ledger_view import LedgerView, Run, SlotState
 from batchrun.providers import Endpoint, resolve
+from batchrun.rates import prompt_tokens
 from batchrun.records import Request, RowFault, Slot
 from batchrun.sink import check_schema
 from batchrun.source import Batch, Source
@@ -41,14 +42,21 @@ class Plan:
         JobError: whatever keeps the job from being run.
     """
 
-    def __init__(self, job: Job, endpoint: Endpoint, model: str, weights: local.Weights | None = None) -> None:
+    def __init__(
+        self,
+        job: Job,
+        endpoint: Endpoint,
+        model: str,
+        weights: local.Weights | None = None,
+        known: Mapping[str, Any] | None = None,
+    ) -> None:
         self.job = job
         self.endpoint = endpoint
         self.model = model
         self.weights = weights
         self.unbounded_row: int | None = None
         self.outside_row: int | None = None
-        self.source = Source(job)
+        self.source = Source(job, known)
         self.template = Template(job, self.source.columns, endpoint, model)
         self.result_schema = result_schema(streamed=job.stream, prefix=job.output.prefix)
         self._refuse_collisions()
@@ -56,13 +64,17 @@ class Plan:
         check_schema(self.schema)
 
     @classmethod
-    def to_run(cls, job: Job, environ: Mapping[str, str]) -> Plan:
-        """The plan of a job whose requests will be sent: its key and its model must be there."""
+    def to_run(cls, job: Job, environ: Mapping[str, str], known: Mapping[str, Any] | None = None) -> Plan:
+        """The plan of a job whose requests will be sent: its key and its model must be there.
+
+        Args:
+            known: the input that the answers were placed by last, if there are any.
+        """
         endpoint = resolve(**job.provider.model_dump(), environ=environ)
         if endpoint.name != "local":
-            return cls(job, endpoint, job.model)
+            return cls(job, endpoint, job.model, None, known)
         weights = local.find_weights(job.model, job.resolve(job.model))
-        return cls(job, replace(endpoint, identity=weights.identity), weights.name, weights)
+        return cls(job, replace(endpoint, identity=weights.identity), weights.name, weights, known)
 
     @classmethod
     def to_read(cls, job: Job, identity: str) -> Plan:
@@ -123,41 +135,55 @@ class Plan:
             self.outside_row = request.slot.row_index
 
     def pending(
-        self, ledger: LedgerView, run: Run, *, retry_failed: bool, only: Container[int] | None = None
+        self, ledger: LedgerView, run: Run, rows: int, *, retry_failed: bool, only: Container[int] | None = None
     ) -> Iterator[Request]:
         """The slots that the ledger lacks an answer to, in order; of the rows in `only`, if it is given."""
-        for batch in self.source.batches(self.template.columns):
-            stop = batch.start + batch.rows.num_rows
-            states = ledger.states(run, batch.start, stop)
-            wanted = {}
-            for row_index in range(batch.start, stop):
-                if only is not None and row_index not in only:
+        for start, stop in ledger.unsettled(run, rows, retry_failed=retry_failed):
+            for batch in self.source.batches(self.template.columns, start, stop):
+                tries = self._wanted(ledger, run, batch.start, batch.start + batch.rows.num_rows, retry_failed, only)
+                if not tries:
                     continue
-                state = states.get(Slot(row_index, self.model))
-                if _is_wanted(state, retry_failed):
-                    wanted[row_index] = state.tries if state else 0
-            if not wanted:
-                continue
-            for row_index, row in enumerate(_plain_rows(batch, self.template.columns), batch.start):
-                if row_index in wanted:
-                    request = self._request(row_index, row)
-                    if isinstance(request, Request):
-                        yield replace(request, tries=wanted[row_index])
+                for row_index, row in enumerate(_plain_rows(batch, self.template.columns), batch.start):
+                    if row_index in tries:
+                        request = self._request(row_index, row)
+                        if isinstance(request, Request):
+                            yield replace(request, tries=tries[row_index]) if tries[row_index] else request
 
     def pending_rows(self, ledger: LedgerView, run: Run, rows: int, *, retry_failed: bool) -> Iterator[int]:
         """The rows that `pending` would ask, without reading them."""
-        for start in range(0, rows, _STATES_AT_ONCE):
-            stop = min(rows, start + _STATES_AT_ONCE)
-            states = ledger.states(run, start, stop)
-            yield from (
-                row for row in range(start, stop) if _is_wanted(states.get(Slot(row, self.model)), retry_failed)
-            )
+        for first, last in ledger.unsettled(run, rows, retry_failed=retry_failed):
+            for start in range(first, last, _STATES_AT_ONCE):
+                yield from self._wanted(ledger, run, start, min(last, start + _STATES_AT_ONCE), retry_failed)
+
+    def _wanted(
+        self,
+        ledger: LedgerView,
+        run: Run,
+        start: int,
+        stop: int,
+        retry_failed: bool,
+        only: Container[int] | None = None,
+    ) -> dict[int, int]:
+        """The rows `start` ≤ index < `stop` that are to be asked, with the attempts that each has had."""
+        states = ledger.states(run, start, stop)
+        wanted = {}
+        for row_index in range(start, stop):
+            if only is None or row_index in only:
+                state = states.get(Slot(row_index, self.model))
+                if _is_wanted(state, retry_failed):
+                    wanted[row_index] = state.tries if state else 0
+        return wanted
 
     def _request(self, row_index: int, row: Mapping[str, Any]) -> Request | RowFault:
+        slot = Slot(row_index, self.model)
         try:
-            return self.template.request(row_index, row)
+            request = self.template.request(row_index, row)
         except NotRenderedError as exc:
-            return RowFault(Slot(row_index, self.model), str(exc))
+            return RowFault(slot, str(exc))
+        most = self.job.tokens_per_minute
+        if most is not None and (tokens := prompt_tokens(request)) > most:
+            return RowFault(slot, f"the prompt has about {tokens} tokens, and tokens_per_minute lets {most} through")
+        return request
 
     def _refuse_collisions(self) -> None:
         doubled = [name for name in self.result_schema.names if name in self.source.schema.names]
@@ -211,7 +237,9 @@ def place(plan: Plan, ledger: Ledger, run: Run) -> int:
     Raises:
         JobError: the input is not as it should be.
     """
-    shape = [plan.job.request_shape(), plan.endpoint.identity, plan.endpoint.system, plan.model]
+    shape: list[Any] = [plan.job.request_shape(), plan.endpoint.identity, plan.endpoint.system, plan.model]
+    if plan.job.tokens_per_minute is not None:
+        shape.append(plan.job.tokens_per_minute)  # by which rows are refused
     found = {"files": plan.source.fingerprint(), "shape": blake2b(repr(shape).encode(), digest_size=16).hexdigest()}
     placed = ledger.placed_input(run)
     # A run that has sent nothing is read anew: there is nothing to save, and the warnings must be seen again.
@@ -224,4 +252,8 @@ def place(plan: Plan, ledger: Ledger, run: Run) -> int:
         plan.unbounded_row, plan.outside_row = placed["bounds"]
         ledger.keep_input(run)
         return int(placed["rows"])
-    return ledger.place(run, plan.requests(), lambda: {**found, "bounds": [plan.unbounded_row, plan.outside_row]})
+
+    def known() -> dict[str, Any]:
+        return {**found, "bounds": [plan.unbounded_row, plan.outside_row], **plan.source.knowledge()}
+
+    return ledger.place(run, plan.requests(), known)

@@ -15,6 +15,7 @@ from tenacity.wait import wait_base, wait_random_exponential
 
 from batchrun.records import Action, Exchange, Failure
 
+_FIRST_BACKOFF = 0.5
 _LONGEST_BACKOFF = 60.0
 _TRUSTED = 20
 """Attempts after which a row backs off more than it is told: "at once" may be said for ever."""
@@ -77,7 +78,7 @@ class _ToldOrBackoff(wait_base):
     """What the provider says, if it says more than "at once"; else exponential backoff with full jitter."""
 
     def __init__(self) -> None:
-        self._backoff = wait_random_exponential(multiplier=1, max=_LONGEST_BACKOFF)
+        self._backoff = wait_random_exponential(multiplier=_FIRST_BACKOFF, max=_LONGEST_BACKOFF)
 
     def __call__(self, retry_state: RetryCallState) -> float:
         failure = retry_state.outcome.result().failure if retry_state.outcome else None

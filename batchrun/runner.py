@@ -23,6 +23,7 @@ from batchrun.ledger import Ledger
 from batchrun.ledger_view import Run
 from batchrun.money import NOT_BILLED, from_pico, usd_text
 from batchrun.pacing import Pacing
+from batchrun.rates import Rates
 from batchrun.records import Action, Exchange, Failure, Intent, Request, Reservation, Settlement, Slot, now_us
 from batchrun.retry import Retries, is_providers_fault
 
@@ -84,8 +85,10 @@ class Runner:
     Args:
         requests: rows to be asked, drawn one by one as places get free.
         budget: what they may cost.
+        rates: how many may go out in a minute.
         clock: seconds, monotonic.
         on_settled: called with every settlement, for the progress display.
+        on_drained: called once there are no more rows to draw.
     """
 
     def __init__(
@@ -95,6 +98,7 @@ class Runner:
         sender: Sender,
         requests: Iterator[Request],
         budget: Budget,
+        rates: Rates,
         *,
         concurrency: int,
         max_attempts: int,
@@ -102,15 +106,18 @@ class Runner:
         stop_seconds: float,
         clock: Callable[[], float],
         on_settled: Callable[[Settlement], None] = lambda settlement: None,
+        on_drained: Callable[[], None] = lambda: None,
     ) -> None:
         self._ledger = ledger
         self._run = run
         self._sender = sender
         self._requests = requests
         self._budget = budget
+        self._rates = rates
         self._concurrency = concurrency
         self._stop_seconds = stop_seconds
         self._on_settled = on_settled
+        self._on_drained = on_drained
         self._clock = clock
         self._retries = Retries(max_attempts, max_seconds, clock)
         self._pacing = Pacing(concurrency, clock, longest_pause=max_seconds)
@@ -199,6 +206,7 @@ class Runner:
                     self._undecided += 1
                     return _Work(now, next(self._order), request, tries=request.tries)
                 self._is_exhausted = True
+                self._on_drained()
             if not self._waiting:
                 return None
             await self._nap(self._waiting[0].due - now)
@@ -207,6 +215,7 @@ class Runner:
     async def _attempt(self, work: _Work) -> None:
         await self._pacing.enter()
         try:
+            waited_for = await self._rates.enter(work.request)
             if self._stopping.is_set():
                 return
             reservation = await self._budget.reserve(work.request)
@@ -228,6 +237,7 @@ class Runner:
             if work.started is None:
                 work.started = sent_at
             exchange = await self._send(intent)
+            self._rates.settle(work.request, waited_for, exchange)
             self._settle(work, intent, exchange, reservation, sent_at)
         finally:
             self._pacing.leave()
@@ -333,6 +343,7 @@ class Runner:
         if not self._stopping.is_set():
             self._stopping.set()
             self._pacing.stop()
+            self._rates.stop()
             self._budget.close()
             asyncio.get_running_loop().call_later(self._stop_seconds, self._cancel)
 

@@ -15,9 +15,10 @@ import gzip
 import os
 import stat
 import zlib
+from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime
 from io import BytesIO, TextIOWrapper
 from pathlib import Path
@@ -37,6 +38,10 @@ _PROBED_ROWS = 8
 _MOST_CHARACTERS = 100_000_000
 """Of a line or a cell."""
 _BATCH_BYTES = 4 * 1024 * 1024
+_PLACE_ROWS = 8192
+"""Rows between the places that are noted in a text file, so that a row is found again without reading from the top."""
+_PLACED = ("utf-8", "ascii", "iso8859", "cp125")
+"""Encodings in which a text can be cut anywhere between two characters."""
 _MANIFEST = b"batchrun"
 
 _TYPES: Mapping[str, pa.DataType] = {
@@ -72,19 +77,40 @@ class _File:
     is_gzip: bool
 
 
+@dataclass
+class _Place:
+    """Where a reader of a text file is."""
+
+    row: int = 0
+    offset: int = 0
+    """Bytes before it."""
+    line: int = 0
+    """Lines before it."""
+
+
 class Source:
     """The rows of a job's input, readable any number of times.
+
+    Args:
+        known: what `knowledge` gave when these files were read to their end; used if they have not changed since.
 
     Attributes:
         schema: the Arrow schema after `input.columns`.
         is_own_output: the input was written by batchrun.
     """
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, known: Mapping[str, Any] | None = None) -> None:
         self._setting: InputSetting = job.input
         self._folder = job.path.parent
         self._job_path = job.resolve(job.input.path)
         self._files = _find(job)
+        self._read_as = [self._setting.encoding, *(file.format for file in self._files)]
+        self._schemas: list[pa.Schema] = []
+        self._rows: list[int | None] = [None] * len(self._files)
+        """Of each file, once it was read to its end."""
+        self._places: list[list[_Place]] = [[] for _ in self._files]
+        with suppress(KeyError, TypeError, ValueError, pa.ArrowException):  # without it, all is learnt anew
+            self._know(known or {})
         self._too_exact: dict[str, str] = {}
         """Columns with a whole number that a float has no room for, and where it stands."""
         self._raw_schema, self.is_own_output = self._read_schema()
@@ -134,27 +160,56 @@ class Source:
             found.append([name, status.st_size, status.st_mtime_ns])
         return found
 
-    def batches(self, only: Sequence[str] | None = None) -> Iterator[Batch]:
-        """Read all rows, or `only` some columns of them."""
+    def _know(self, known: Mapping[str, Any]) -> None:
+        if (known["files"], known["reading"]) != (self.fingerprint(), self._read_as):
+            return
+        schemas = [pa.ipc.read_schema(pa.py_buffer(b64decode(schema))) for schema in known["schemas"]]
+        places = [[_Place(*map(int, place)) for place in places] for places in known["places"]]
+        rows = [int(rows) if rows is not None else None for rows in known["file_rows"]]
+        if len(schemas) == len(places) == len(rows) == len(self._files):
+            self._schemas, self._places, self._rows = schemas, places, rows
+
+    def knowledge(self) -> dict[str, Any]:
+        """What was learnt by reading the files to their end, for JSON; it spares the next reader of them the same."""
+        return {
+            "reading": self._read_as,
+            "schemas": [b64encode(schema.serialize().to_pybytes()).decode() for schema in self._schemas],
+            "file_rows": self._rows,
+            "places": [[[place.row, place.offset, place.line] for place in places] for places in self._places],
+        }
+
+    def batches(self, only: Sequence[str] | None = None, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
+        """Read the rows `start` ≤ index < `stop`, or `only` some columns of them.
+
+        Of files that were read to their end before, what lies before `start` is passed over.
+        """
         plan = [entry for entry in self._plan if only is None or entry[1].name in only] or self._plan[:1]
-        limit = self._setting.limit
-        start = 0
-        for file in self._files:
-            in_file = 0
-            for rows in self._read(file, [name for name, _ in plan]):
-                if limit is not None and start + rows.num_rows > limit:
-                    rows = rows.slice(0, limit - start)
-                if rows.num_rows:
-                    yield Batch(start, self._shape(rows, plan, file, in_file))
-                start += rows.num_rows
+        stop = min((end for end in (stop, self._setting.limit) if end is not None), default=None)
+        first = 0
+        for number, file in enumerate(self._files):
+            known = self._rows[number]
+            if known is not None and first + known <= start:
+                first += known
+                continue
+            in_file = max(0, start - first) if known is not None else 0
+            for rows in self._read(number, [name for name, _ in plan], in_file):
+                at, end = first + in_file, first + in_file + rows.num_rows
+                wanted = rows.slice(
+                    max(0, start - at), max(0, (end if stop is None else min(stop, end)) - max(at, start))
+                )
+                if wanted.num_rows:
+                    yield Batch(max(at, start), self._shape(wanted, plan, file, max(at, start) - first))
                 in_file += rows.num_rows
-                if limit is not None and start >= limit:
+                if stop is not None and end >= stop:
                     return
+            self._rows[number] = in_file
+            first += in_file
 
     # --- schema ---------------------------------------------------------------------------------------------
 
     def _read_schema(self) -> tuple[pa.Schema, bool]:
-        schemas = [(file, self._schema_of(file)) for file in self._files]
+        self._schemas = self._schemas or [self._schema_of(file) for file in self._files]
+        schemas = list(zip(self._files, self._schemas, strict=True))
         first_file, schema = schemas[0]
         is_own = bool(schema.metadata and _MANIFEST in schema.metadata)
         _refuse_duplicates(schema.names, str(first_file.path))
@@ -182,7 +237,8 @@ class Source:
                 return self._infer_jsonl(file)
             case _:
                 with _reading(file.path), self._text(file) as fp:
-                    header = next(self._csv(file, fp), None)
+                    lines = _bounded_lines(fp, file.path, _Place(), self._setting.encoding)
+                    header = next(self._csv(file, lines), None)
                 if header == []:
                     raise InputError(f"{file.path}: line 1 is blank: it should be the header")
                 if header is None:
@@ -191,45 +247,52 @@ class Source:
                 return pa.schema([(name, pa.string()) for name in header])
 
     def _infer_jsonl(self, file: _File) -> pa.Schema:
-        inferred = infer(self._records(file), file.path)
+        inferred = infer(self._records(file, _Place()), file.path)
         for name, (number, value) in inferred.too_exact.items():
             self._too_exact.setdefault(name, f"{file.path}: line {number}: column {name!r}: {value}")
         return inferred.schema
 
     # --- reading --------------------------------------------------------------------------------------------
 
-    def _read(self, file: _File, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    def _read(self, number: int, names: Sequence[str], skipped: int) -> Iterator[pa.RecordBatch]:
+        """The rows of a file from the row `skipped` on."""
+        file = self._files[number]
         match file.format:
             case "parquet":
-                with _reading(file.path), pq.ParquetFile(file.path, buffer_size=1 << 18) as parquet:
-                    # A buffered stream per column: a row group of any size is never held whole.
-                    for group in range(parquet.num_row_groups):
-                        rows = _batch_rows(parquet, group, list(names))
-                        yield from parquet.iter_batches(
-                            rows, row_groups=[group], columns=list(names), use_threads=False
-                        )
+                yield from _read_parquet(file, list(names), skipped)
             case "jsonl":
-                yield from self._read_jsonl(file, pa.schema([self._raw_schema.field(name) for name in names]))
+                yield from self._read_jsonl(
+                    number, pa.schema([self._raw_schema.field(name) for name in names]), skipped
+                )
             case _:
-                yield from self._read_csv(file, names)
+                yield from self._read_csv(number, names, skipped)
 
-    def _read_csv(self, file: _File, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    def _read_csv(self, number: int, names: Sequence[str], skipped: int) -> Iterator[pa.RecordBatch]:
         schema = pa.schema([(name, pa.string()) for name in names])
-        with _reading(file.path), self._text(file) as fp:
-            reader = self._csv(file, fp)
-            header = next(reader)
-            places = {name: index for index, name in enumerate(header)}
-            wanted = [places[name] for name in names]
+        file, header = self._files[number], self._schemas[number].names
+        wanted = [header.index(name) for name in names]
+        place = self._place_before(number, skipped)
+        with _reading(file.path), self._text(file, place.offset) as fp:
+            first_line = place.line
+            lines = _bounded_lines(fp, file.path, place, self._setting.encoding)
+            reader = self._csv(file, lines)
+            if not first_line:
+                next(reader)
             held: list[list[str]] = []
             size = 0
-            for cells in _rows_of(reader, file.path):
+            for cells in _rows_of(reader, file.path, first_line):
                 if not cells:
                     continue  # a blank line is no row
                 if len(cells) != len(header):
                     raise InputError(
-                        f"{file.path}: line {reader.line_num}: {len(cells)} cells where the header has "
+                        f"{file.path}: line {first_line + reader.line_num}: {len(cells)} cells where the header has "
                         f"{len(header)}: a comma or a quote too many or too few?"
                     )
+                place.row += 1
+                if place.row % _PLACE_ROWS == 0:
+                    self._note_place(number, place)
+                if place.row <= skipped:
+                    continue
                 held.append(cells)
                 size += sum(map(len, cells))
                 if len(held) >= _BATCH_ROWS or size >= _BATCH_BYTES:
@@ -238,12 +301,12 @@ class Source:
             if held:
                 yield _text_batch(held, wanted, schema)
 
-    def _csv(self, file: _File, fp: IO[str]) -> Any:
+    def _csv(self, file: _File, lines: Iterator[str]) -> Any:
         # The module's own limit of 128 kB a cell is below what a long prompt takes.
         csv.field_size_limit(_MOST_CHARACTERS)
-        return csv.reader(_bounded_lines(fp, file.path), delimiter="\t" if file.format == "tsv" else ",", strict=True)
+        return csv.reader(lines, delimiter="\t" if file.format == "tsv" else ",", strict=True)
 
-    def _read_jsonl(self, file: _File, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    def _read_jsonl(self, number: int, schema: pa.Schema, skipped: int) -> Iterator[pa.RecordBatch]:
         parsing = json_format.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
         lines: list[bytes] = []
         size = 0
@@ -253,8 +316,14 @@ class Source:
             table = json_format.read_json(BytesIO(b"\n".join(lines)), reading, parsing).select(schema.names)
             return table.combine_chunks().to_batches()[0].cast(schema)
 
-        with _reading(file.path):
-            for record in self._records(file):
+        place = self._place_before(number, skipped)
+        with _reading(self._files[number].path):
+            for record in self._records(self._files[number], place):
+                place.row += 1
+                if place.row % _PLACE_ROWS == 0:
+                    self._note_place(number, place)
+                if place.row <= skipped:
+                    continue
                 lines.append(record.text.encode())
                 size += len(lines[-1])
                 if len(lines) >= _BATCH_ROWS or size >= _BATCH_BYTES:
@@ -263,20 +332,34 @@ class Source:
             if lines:
                 yield batch()
 
-    def _records(self, file: _File) -> Iterator[Record]:
-        with _reading(file.path), self._text(file) as fp:
-            yield from records(_bounded_lines(fp, file.path), file.path)
+    def _records(self, file: _File, place: _Place) -> Iterator[Record]:
+        first_line = place.line
+        with _reading(file.path), self._text(file, place.offset) as fp:
+            lines = _bounded_lines(fp, file.path, place, self._setting.encoding)
+            yield from records(lines, file.path, first_line)
+
+    def _place_before(self, number: int, row: int) -> _Place:
+        """Where to begin to read for a row: a place noted before it, or the top of the file."""
+        places = self._places[number]
+        found = places[min(len(places), row // _PLACE_ROWS) - 1] if places and row >= _PLACE_ROWS else _Place()
+        return replace(found)
+
+    def _note_place(self, number: int, place: _Place) -> None:
+        file, places = self._files[number], self._places[number]
+        can_be_found = not file.is_gzip and codecs.lookup(self._setting.encoding).name.startswith(_PLACED)
+        if can_be_found and len(places) == place.row // _PLACE_ROWS - 1:
+            places.append(replace(place))
 
     @contextmanager
-    def _text(self, file: _File) -> Iterator[IO[str]]:
+    def _text(self, file: _File, offset: int = 0) -> Iterator[IO[str]]:
         encoding = self._setting.encoding
-        if codecs.lookup(encoding).name == "utf-8":
+        if codecs.lookup(encoding).name == "utf-8" and not offset:
             encoding = "utf-8-sig"  # the same, and a byte order mark is not part of the first column's name
         newline = "\n" if file.format == "jsonl" else ""
         opened: Any = gzip.open if file.is_gzip else Path.open
         with (
             opened(file.path, "rb") as raw,
-            TextIOWrapper(raw, encoding=encoding, newline=newline) as fp,
+            TextIOWrapper(_from(raw, offset), encoding=encoding, newline=newline) as fp,
         ):
             try:
                 yield fp
@@ -391,21 +474,56 @@ def _batch_rows(parquet: pq.ParquetFile, group: int, names: list[str]) -> int:
     return max(1, min(_BATCH_ROWS, int(_BATCH_BYTES / max(1.0, size))))
 
 
-def _bounded_lines(fp: IO[str], path: Path) -> Iterator[str]:
-    """Lines, none of them endless: a file of a few megabytes can unpack to one of many gigabytes."""
-    number = 0
+def _from(raw: Any, offset: int) -> Any:
+    raw.seek(offset)
+    return raw
+
+
+def _bounded_lines(fp: IO[str], path: Path, place: _Place, encoding: str) -> Iterator[str]:
+    """Lines, none of them endless: a file of a few megabytes can unpack to one of many gigabytes.
+
+    Args:
+        place: is moved along with them.
+    """
+    if not place.offset:
+        place.offset = _mark_bytes(path, encoding)
     while line := fp.readline(_MOST_CHARACTERS):
-        number += 1
+        place.line += 1
         if len(line) >= _MOST_CHARACTERS:
-            raise InputError(f"{path}: line {number}: is longer than {_MOST_CHARACTERS} characters")
+            raise InputError(f"{path}: line {place.line}: is longer than {_MOST_CHARACTERS} characters")
+        place.offset += len(line) if line.isascii() else len(line.encode(encoding))
         yield line
 
 
-def _rows_of(reader: Any, path: Path) -> Iterator[list[str]]:
+def _mark_bytes(path: Path, encoding: str) -> int:
+    """Bytes of the byte order mark at the top of a file."""
+    if codecs.lookup(encoding).name != "utf-8":
+        return 0
+    with path.open("rb") as raw:
+        return 3 if raw.read(3) == codecs.BOM_UTF8 else 0
+
+
+def _rows_of(reader: Any, path: Path, first_line: int) -> Iterator[list[str]]:
     try:
         yield from reader
     except csv.Error as exc:
-        raise InputError(f"{path}: line {reader.line_num}: no valid CSV: {exc}") from exc
+        raise InputError(f"{path}: line {first_line + reader.line_num}: no valid CSV: {exc}") from exc
+
+
+def _read_parquet(file: _File, names: list[str], skipped: int) -> Iterator[pa.RecordBatch]:
+    with _reading(file.path), pq.ParquetFile(file.path, buffer_size=1 << 18) as parquet:
+        # A buffered stream per column: a row group of any size is never held whole.
+        for group in range(parquet.num_row_groups):
+            in_group = parquet.metadata.row_group(group).num_rows
+            if in_group <= skipped:
+                skipped -= in_group
+                continue
+            rows = _batch_rows(parquet, group, names)
+            for batch in parquet.iter_batches(rows, row_groups=[group], columns=names, use_threads=False):
+                wanted = batch.slice(skipped)
+                skipped = max(0, skipped - batch.num_rows)
+                if wanted.num_rows:
+                    yield wanted
 
 
 def _text_batch(rows: list[list[str]], wanted: list[int], schema: pa.Schema) -> pa.RecordBatch:

@@ -113,6 +113,7 @@ class Template:
             raise JobError("\n".join(["the prompt does not fit the input:", *(f"  {fault}" for fault in self._faults)]))
         self.columns = [name for name in columns if name in self._used]
         self._compiled: _Requests | None = None
+        self._asked = _asked(self._messages)
         if prompt.messages_column is None and not any(has_holes(message.get("role")) for message in self._messages):
             self._compiled = self._requests(self._messages)
 
@@ -123,10 +124,11 @@ class Template:
             NotRenderedError: the row gives no request.
         """
         values = self._values(row)
-        messages = self._conversation(row, values)
+        if self._compiled is not None:
+            _refuse_blank(self._asked, values)
+            return self._compiled.request(Slot(row_index, self._model), values)
         # Where the roles come from the row, so does the form of the request.
-        requests = self._compiled or self._requests(messages)
-        return requests.request(Slot(row_index, self._model), values)
+        return self._requests(self._conversation(row, values)).request(Slot(row_index, self._model), values)
 
     def messages(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
         """The rendered conversation of a row."""
@@ -141,9 +143,7 @@ class Template:
             messages = _conversation(row.get(self._messages_column), self._messages_column)
         else:
             messages = filled(self._messages, values)
-        asked = [message for message in messages if message.get("role") == "user"]
-        if asked and all(_is_blank(message.get("content")) for message in asked):
-            raise NotRenderedError("the prompt is blank")
+        _refuse_blank(_asked(messages), values)
         return messages
 
     def _values(self, row: Mapping[str, Any]) -> list[Any]:
@@ -259,6 +259,16 @@ def _without_nulls(value: Any) -> Any:
     if isinstance(value, list):
         return [_without_nulls(item) for item in value]
     return value
+
+
+def _asked(messages: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """What the user says in a conversation."""
+    return [message.get("content") for message in messages if message.get("role") == "user"]
+
+
+def _refuse_blank(asked: Sequence[Any], values: Sequence[Any]) -> None:
+    if asked and all(_is_blank(filled(content, values)) for content in asked):
+        raise NotRenderedError("the prompt is blank")
 
 
 def _is_blank(content: Any) -> bool:

@@ -30,6 +30,8 @@ _FINISH = {
 
 _MOST_TOOL_CALLS = 10_000
 _READ_AT_ONCE = 64 * 1024
+_DONE = b"[DONE]"
+_PLAIN = {"role", "content"}
 
 
 def normalise_finish(raw: str | None) -> str:
@@ -124,10 +126,10 @@ def _is_elsewhere(part: Any) -> bool:
 
 
 def read_answer(
-    raw: bytes, headers: Mapping[str, str], *, streamed: bool, cost_in_usage: bool = False
+    raw: bytes, headers: Mapping[str, str], *, streamed: bool, cost_in_usage: bool = False, counts: bool = True
 ) -> Answer | Failure:
     """Read a whole successful (2xx) answer. `headers` has lower-case names; `{}` when read from the ledger."""
-    reader = AnswerReader(headers, streamed=streamed, cost_in_usage=cost_in_usage)
+    reader = AnswerReader(headers, streamed=streamed, cost_in_usage=cost_in_usage, counts=counts)
     reader.feed(raw)
     return reader.close()
 
@@ -136,15 +138,24 @@ class AnswerReader:
     """Bytes of a 2xx answer in, an `Answer` or a `Failure` out.
 
     The same for a plain and a streamed answer: a server may ignore `stream: true` and send one document.
+
+    Args:
+        counts: whether to read usage and cost; not needed where the ledger has them.
     """
 
-    def __init__(self, headers: Mapping[str, str], *, streamed: bool, cost_in_usage: bool = False) -> None:
+    def __init__(
+        self, headers: Mapping[str, str], *, streamed: bool, cost_in_usage: bool = False, counts: bool = True
+    ) -> None:
         self._headers = headers
         self._cost_in_usage = cost_in_usage
         self._events: EventParser | None = EventParser() if streamed else None
         self._head: list[bytes] = []
         self._is_sniffed = not streamed
-        self._merged = _Merged()
+        self._unread: list[bytes] = []
+        self._unread_bytes = 0
+        self._end = b""
+        """The last bytes that came, in which the end may have begun."""
+        self._merged = _Merged(counts)
         self.is_done = False
         """True once `[DONE]` has come: nothing after it counts."""
 
@@ -186,8 +197,19 @@ class AnswerReader:
             self._head = []
         if self._events is None:
             self._head.append(raw)
-        else:
-            self._feed_events(self._events, raw)
+            return
+        self._unread.append(raw)
+        self._unread_bytes += len(raw)
+        # After its first piece nothing hangs on an answer but its end: many small reads are taken as one.
+        end = self._end + raw
+        self._end = end[1 - len(_DONE) :]
+        if not self._merged.has_content or _DONE in end or self._unread_bytes >= _READ_AT_ONCE:
+            self._read(self._events)
+
+    def _read(self, events: EventParser) -> None:
+        raw = b"".join(self._unread)
+        self._unread, self._unread_bytes = [], 0
+        self._feed_events(events, raw)
 
     def _feed_events(self, events: EventParser, raw: bytes) -> None:
         # Not all at once: of a few bytes each, the events of a whole answer would fill the memory.
@@ -198,8 +220,8 @@ class AnswerReader:
         """The end of the answer. `error`: the connection broke; what had come may still be whole."""
         if self._events is None:
             return self._close_document(error)
-        if self._head:
-            self._feed_events(self._events, b"".join(self._head))
+        self._unread += self._head
+        self._read(self._events)
         if not self.is_done:
             self._take(self._events.close())
         merged = self._merged
@@ -352,7 +374,8 @@ def _sound_tool(call: dict[str, Any]) -> dict[str, object]:
 class _Merged:
     """What the documents of one answer add up to; a plain answer is a stream of one."""
 
-    def __init__(self) -> None:
+    def __init__(self, counts: bool) -> None:
+        self._counts = counts
         self.usage = NO_USAGE
         self.meta: dict[str, Any] = {}
         self.cost: Any = None
@@ -382,19 +405,18 @@ class _Merged:
     def take(self, document: Mapping[str, Any], headers: Mapping[str, str]) -> None:
         """Take one document: a whole answer, or one chunk, also in the wrapper from before February 13, 2026."""
         self.has_any = True
-        state, wrapped = document.get("state"), document.get("event")
-        if isinstance(wrapped, dict):
-            self._take_outside(document, headers)
-            document = wrapped
-        if isinstance(state, dict):
+        if isinstance(state := document.get("state"), dict):
             self.usage = merge(self.usage, read_usage(state.get("usage")))
             if isinstance(reason := state.get("finishReason"), str) and reason and self.finish is None:
                 self.finish = sound(reason)
+        if isinstance(wrapped := document.get("event"), dict):
+            self._take_outside(document, headers)
+            document = wrapped
         self._take_outside(document, headers)
-        if isinstance(name := document.get("model"), str) and name:
-            self.model = self.model or sound(name)
-        if isinstance(answer_id := document.get("id"), str) and answer_id:
-            self.answer_id = self.answer_id or sound(answer_id)
+        if self.model is None and isinstance(name := document.get("model"), str) and name:
+            self.model = sound(name)
+        if self.answer_id is None and isinstance(answer_id := document.get("id"), str) and answer_id:
+            self.answer_id = sound(answer_id)
         choices = document.get("choices")
         choice = _first_choice(choices) if isinstance(choices, list) else None
         if choice is not None:
@@ -405,18 +427,19 @@ class _Merged:
         """What stands beside the choices: errors, counts, cost."""
         if document.get("error") or is_error(document):
             self.fail(failure_of(document, headers))
-        self._take_counts(document, headers)
-
-    def _take_counts(self, document: Mapping[str, Any], headers: Mapping[str, str]) -> None:
-        usage = document.get("usage")
-        self.usage = merge(self.usage, read_usage(usage))
-        if isinstance(usage, dict) and usage.get("cost") is not None:
-            self.cost = usage["cost"]
-        groq = document.get("x_groq")
-        if isinstance(groq, dict):
-            self.usage = merge(self.usage, read_usage(groq.get("usage")))
+        if isinstance(groq := document.get("x_groq"), dict):
+            if self._counts:
+                self.usage = merge(self.usage, read_usage(groq.get("usage")))
             if groq.get("error"):
                 self.fail(failure_of({"error": groq["error"]}, headers))
+        if self._counts:
+            self._take_counts(document)
+
+    def _take_counts(self, document: Mapping[str, Any]) -> None:
+        if isinstance(usage := document.get("usage"), dict):
+            self.usage = merge(self.usage, read_usage(usage))
+            if usage.get("cost") is not None:
+                self.cost = usage["cost"]
         if isinstance(meta := document.get("meta"), dict):
             for name, value in meta.items():
                 earlier = self.meta.get(name)
@@ -447,6 +470,8 @@ class _Merged:
         elif isinstance(content, (list, dict)):
             for part in content if isinstance(content, list) else [content]:
                 self._take_part(part)
+        if message.keys() <= _PLAIN:
+            return
         for name in ("reasoning_content", "reasoning"):
             if isinstance(thought := message.get(name), str) and thought:
                 self.reasoning.append(thought)
@@ -508,6 +533,8 @@ class _Merged:
 
 def _first_choice(choices: Sequence[object]) -> Mapping[str, Any] | None:
     """The choice with index 0, or without one; in a whole answer the only choice, whatever its index."""
+    if len(choices) == 1 and isinstance(only := choices[0], dict) and only.get("index") in (0, None, "0"):
+        return only
     found = [choice for choice in choices if isinstance(choice, dict)]
     first = next((choice for choice in found if choice.get("index") in (0, None, "0")), None)
     is_only = len(found) == 1 and "message" in found[0]

@@ -267,7 +267,7 @@ class _Pieces(httpx.AsyncByteStream):
 
 def invoke(world: World, defect: str | None = None) -> int:
     """Run one invocation in this process, which nothing else may use after; its exit code, or VIOLATED."""
-    from batchrun import chat, invocation, records, spending
+    from batchrun import chat, delivery, invocation, records, spending
     from batchrun.errors import BatchrunError
     from batchrun.job import load_job
 
@@ -302,6 +302,7 @@ def invoke(world: World, defect: str | None = None) -> int:
     chat.Transport = lambda *args, **keys: provider  # type: ignore[assignment,misc]
     spending.price_list = lambda endpoint, etag: None  # type: ignore[attr-defined]
     invocation._new_loop = lambda: loop  # type: ignore[assignment]
+    delivery.EarlyOutput.start = lambda self: None  # type: ignore[method-assign]  # a thread's moment is left to chance
     if defect is not None:
         defects.plant(defect)
     job = load_job(world.folder / "job.yaml")

@@ -21,6 +21,7 @@ from batchrun.ledger_view import Run
 from batchrun.money import from_pico, to_pico
 from batchrun.prices import Price, Pricing
 from batchrun.providers import resolve
+from batchrun.rates import Rates
 from batchrun.records import Request, Slot
 from batchrun.runner import Runner, Stop
 
@@ -123,8 +124,8 @@ def _invoke(ledger: Ledger, run: Run, provider: Provider, requests: list[Request
             transport=httpx.MockTransport(provider),
         ) as sender:  # fmt: skip
             runner = Runner(
-                ledger, run, sender, pending(), budget, concurrency=200, max_attempts=6, max_seconds=900,
-                stop_seconds=60, clock=asyncio.get_running_loop().time,
+                ledger, run, sender, pending(), budget, Rates(None, None), concurrency=200, max_attempts=6,
+                max_seconds=900, stop_seconds=60, clock=asyncio.get_running_loop().time,
             )  # fmt: skip
             return await runner.run()
 

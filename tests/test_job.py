@@ -58,8 +58,6 @@ def test_all_faults_come_at_once_with_line_and_nearest_name(tmp_path: Path) -> N
         ("evaluate: {expected: x}", "evaluate: not yet supported"),
         ("reuse: true", "reuse: other than false is not yet supported"),
         ("samples: 3", "samples: other than 1 is not yet supported"),
-        ("requests_per_minute: 5", "requests_per_minute: not yet supported"),
-        ("tokens_per_minute: 5", "tokens_per_minute: not yet supported"),
     ],
 )
 def test_keys_of_later_parts_are_refused_rather_than_ignored(tmp_path: Path, line: str, said: str) -> None:

@@ -20,6 +20,7 @@ FLOORS = [
         "catalog",
         "retry",
         "pacing",
+        "rates",
         "ledger",
         "sink",
         "answers",
@@ -71,7 +72,7 @@ def test_only_one_room_knows_each_outside_thing() -> None:
     owners = {
         "httpx": {"chat", "catalog", "provider_log", "fetch", "transport"},
         "aiohttp": {"transport"}, "yarl": {"transport"},
-        "uvloop": {"invocation"},
+        "uvloop": {"invocation"}, "aiolimiter": {"rates"},
         "tenacity": {"retry", "provider_log"},
         "click": {"cli"},
         "tqdm": {"progress"},

@@ -11,6 +11,7 @@ from batchrun.errors import ExitCode
 from batchrun.ledger import Ledger
 from batchrun.pacing import Pacing
 from batchrun.prices import Pricing
+from batchrun.rates import Rates
 from batchrun.records import Action, Answer, Exchange, Failure, Intent, Request, Slot
 from batchrun.retry import Retries
 from batchrun.runner import Runner, Stop, _Health
@@ -174,6 +175,7 @@ def test_two_signals_at_once_are_no_bug(tmp_path: Path) -> None:
             Never(),
             iter(requests),
             Budget(Pricing()),
+            Rates(None, None),
             concurrency=2,
             max_attempts=1,
             max_seconds=1,

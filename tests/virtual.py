@@ -7,6 +7,8 @@ import selectors
 from collections.abc import Callable
 from typing import Any
 
+_TURN_SECONDS = 1e-7
+
 
 class VirtualLoop(asyncio.SelectorEventLoop):
     """An event loop whose clock jumps to the next timer as soon as nothing else is to be done.
@@ -54,6 +56,7 @@ class _NoWaiting(selectors.DefaultSelector):  # type: ignore[misc,valid-type]
         loop.turns += 1
         loop.on_turn(loop.turns)
         found: list[tuple[selectors.SelectorKey, int]] = super().select(0)
+        loop.now += _TURN_SECONDS  # whoever waits for a moment may look a little too early, and again, and again
         if not found and timeout:
             loop.now += timeout
         elif not found and timeout is None:

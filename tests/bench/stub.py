@@ -2,7 +2,7 @@
 
     python stub.py '{"latency": 0.2, "p429": 0.05, "p500": 0.02, "chunks": 72, "certificate": "server.pem"}'
 
-It prints its port, answers until its standard input ends, and tells at `GET /stats` what it has seen.
+It prints its port, answers until its standard input ends, and tells what it has seen at `GET /stats`.
 """
 
 from __future__ import annotations
@@ -75,11 +75,12 @@ class Stub:
         p500: float = 0.0,
         chunks: int = 0,
         chunk_seconds: float = 0.0,
+        refused_word: str = "",
         seed: int = 1,
     ) -> None:
         self.latency = latency
-        self.refused = p429 + p500
         self.p429 = p429
+        self.p500 = p500
         self.chunk_seconds = chunk_seconds
         self.random = random.Random(seed).random
         self.plain = _plain()
@@ -88,14 +89,16 @@ class Stub:
         self.too_many = _document(
             "429 Too Many Requests", {"error": {"message": "slow down"}}, f"Retry-After: {_RETRY_AFTER}\r\n"
         )
+        self.refused_word = refused_word.encode()
+        self.refusal = _document("400 Bad Request", {"error": {"message": "this prompt is refused"}})
         self.broken = _document("500 Internal Server Error", {"error": {"message": "try again"}})
         self.requests = self.connections = self.in_flight = self.most_in_flight = self.refusals = 0
         self.first = self.last = 0.0
         self.call_later = asyncio.get_running_loop().call_later
 
     def stats(self) -> bytes:
-        """What was seen since the start; `cpu_seconds` is this process's own."""
-        return _document(
+        """What was seen: `requests` and `refusals` since the start, times and most in flight since the last asking."""
+        seen = _document(
             "200 OK",
             {
                 "requests": self.requests,
@@ -106,6 +109,9 @@ class Stub:
                 "cpu_seconds": time.process_time(),
             },
         )
+        self.most_in_flight = self.in_flight
+        self.first = self.last = 0.0
+        return seen
 
 
 class _Connection(asyncio.Protocol):
@@ -142,22 +148,30 @@ class _Connection(asyncio.Protocol):
         self._held = data[self._need :]
         self._need = 0
         stub = self._stub
+        if stub.refused_word and stub.refused_word in data:
+            stub.refusals += 1
+            self._transport.write(stub.refusal)
+            return
         stub.requests += 1
         stub.in_flight += 1
         if stub.in_flight > stub.most_in_flight:
             stub.most_in_flight = stub.in_flight
         stub.last = time.monotonic()
         stub.first = stub.first or stub.last
-        if stub.latency:
+        if stub.p429 and stub.random() < stub.p429:
+            # Whoever counts requests stands before the model, and refuses at once.
+            stub.refusals += 1
+            self._end(stub.too_many)
+        elif stub.latency:
             stub.call_later(stub.latency, self._answer)
         else:
             self._answer()
 
     def _answer(self) -> None:
         stub = self._stub
-        if stub.refused and (drawn := stub.random()) < stub.refused:
+        if stub.p500 and stub.random() < stub.p500:
             stub.refusals += 1
-            self._end(stub.too_many if drawn < stub.p429 else stub.broken)
+            self._end(stub.broken)
         elif not stub.events:
             self._end(stub.plain)
         elif stub.chunk_seconds:
@@ -181,14 +195,14 @@ class _Connection(asyncio.Protocol):
 
 
 async def _serve(options: dict[str, Any]) -> None:
-    certificate = options.pop("certificate", None)
+    certificate, port = options.pop("certificate", None), options.pop("port", 0)
     context = None
     if certificate is not None:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(certificate)
     stub = Stub(**options)
     loop = asyncio.get_running_loop()
-    server = await loop.create_server(lambda: _Connection(stub), "127.0.0.1", 0, ssl=context, backlog=4096)
+    server = await loop.create_server(lambda: _Connection(stub), "127.0.0.1", port, ssl=context, backlog=4096)
     print(server.sockets[0].getsockname()[1], flush=True)
     over = asyncio.Event()
 
