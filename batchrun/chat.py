@@ -86,15 +86,9 @@ class ChatSender:
     async def send(self, intent: Intent) -> Exchange:
         """Send one request. What goes wrong on the way is a value in the exchange, never an exception."""
         body = intent.request.body
-        headers = httpx.Headers(
-            [
-                *self._headers,
-                (b"Content-Length", b"%d" % len(body)),
-                (b"X-Client-Request-Id", intent.client_request_id.encode()),
-            ]
-        )
+        named = [(b"Content-Length", b"%d" % len(body)), (b"X-Client-Request-Id", intent.client_request_id.encode())]
         # Given a stream, httpx leaves the headers as they are.
-        request = httpx.Request("POST", self._url, headers=headers, stream=httpx.ByteStream(body))
+        request = httpx.Request("POST", self._url, headers=self._headers + named, stream=httpx.ByteStream(body))
         loop = asyncio.get_running_loop()
         reception = _Reception(loop.time())
         limit = asyncio.timeout(None)

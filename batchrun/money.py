@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from decimal import ROUND_HALF_EVEN, Context, Decimal, InvalidOperation
+from typing import NamedTuple
 
 PICO_PER_USD = 10**12
 CREDITS_PER_USD = 2_000_000
@@ -32,8 +32,7 @@ COST_SOURCES = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Cost:
+class Cost(NamedTuple):
     """What one attempt cost; `usd` None is unknown, which is never 0."""
 
     usd: Decimal | None = None

@@ -147,7 +147,7 @@ class Plan:
                     if row_index in tries:
                         request = self._request(row_index, row)
                         if isinstance(request, Request):
-                            yield replace(request, tries=tries[row_index]) if tries[row_index] else request
+                            yield request._replace(tries=tries[row_index]) if tries[row_index] else request
 
     def pending_rows(self, ledger: LedgerView, run: Run, rows: int, *, retry_failed: bool) -> Iterator[int]:
         """The rows that `pending` would ask, without reading them."""

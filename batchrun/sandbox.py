@@ -25,7 +25,7 @@ from uuid import UUID
 
 from jinja2 import StrictUndefined, Undefined, meta, nodes, pass_context
 from jinja2.environment import TemplateExpression
-from jinja2.exceptions import SecurityError, TemplateSyntaxError
+from jinja2.exceptions import SecurityError, TemplateSyntaxError, UndefinedError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 _MOST_STEPS = 1_000_000
@@ -129,8 +129,38 @@ class Sandbox(ImmutableSandboxedEnvironment):
             TemplateSyntaxError: it does not parse, or uses what is not there.
         """
         tree, names = self._prepare(text)
-        template = self.from_string(tree)
-        return template.render, names
+        return self._filling_of(tree) or self.from_string(tree).render, names
+
+    def _filling_of(self, tree: nodes.Template) -> Callable[[Mapping[str, Any]], str] | None:
+        """What a template of nothing but text and names does, without the machinery that Jinja needs for more."""
+        parts: list[tuple[bool, str]] = []
+        for output in tree.body:
+            for node in output.nodes if isinstance(output, nodes.Output) else [output]:
+                if isinstance(node, nodes.TemplateData):
+                    parts.append((False, node.data))
+                elif isinstance(node, nodes.Name) and node.name not in self.globals:
+                    parts.append((True, node.name))
+                else:
+                    return None
+
+        def fill(row: Mapping[str, Any]) -> str:
+            texts = []
+            for is_name, text in parts:
+                if is_name:
+                    if text not in row:
+                        raise UndefinedError(f"{text!r} is undefined")
+                    value = row[text]
+                    self._count(value)
+                    text = str(_text(value))
+                texts.append(text)
+            return "".join(texts)
+
+        return fill
+
+    def _count(self, value: Any) -> None:
+        """Something is written."""
+        self.written += len(value) if isinstance(value, (str, bytes, list, dict, tuple)) else 1
+        _check_size(self.written, _MOST_OUTPUT)
 
     def value_of(self, text: str) -> Callable[[Mapping[str, Any]], Any] | None:
         """A function row → value, for a text that is one expression and nothing else; else None."""
@@ -184,11 +214,8 @@ _JOINED = "batchrun joined"
 
 @pass_context  # which also keeps Jinja from working outputs out when it compiles them
 def _finalize(context: Any, value: Any) -> Any:
-    text = _text(value)
-    environment = context.environment
-    environment.written += len(text) if isinstance(text, (str, bytes, list, dict, tuple)) else 1
-    _check_size(environment.written, _MOST_OUTPUT)
-    return text
+    context.environment._count(value)
+    return _text(value)
 
 
 def _text(value: Any) -> Any:

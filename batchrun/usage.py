@@ -7,15 +7,13 @@ output is `billable_output`. A count that nobody reported is None, never 0.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
 from decimal import Decimal
-from typing import Any
+from typing import Any, NamedTuple
 
 _MOST = 10**12  # no context is as long; and a billion rows of them still add up in 64 bits
 
 
-@dataclass(frozen=True, slots=True)
-class Usage:
+class Usage(NamedTuple):
     """Counts of one answer, in tokens; None where unknown."""
 
     prompt_tokens: int | None = None
@@ -125,7 +123,7 @@ def merge(first: Usage, second: Usage) -> Usage:
     """Field-wise maximum of two sightings: neither the sum nor the last of a stream is right."""
     if first is NO_USAGE or second is NO_USAGE:
         return second if first is NO_USAGE else first
-    return Usage(*(_most(getattr(first, field.name), getattr(second, field.name)) for field in fields(Usage)))
+    return Usage(*map(_most, first, second))
 
 
 def settle(usage: Usage) -> Usage:

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jinja2.exceptions import TemplateSyntaxError
 
 from batchrun.errors import JobError
 from batchrun.job import load_job
 from batchrun.providers import resolve
+from batchrun.sandbox import Sandbox
 from batchrun.template import NotRenderedError, Template
 
 from .conftest import FakeProvider, Workspace
@@ -157,3 +159,32 @@ def _template(folder: Path, prompt: str, *more: str) -> Template:
     path.write_text(json.dumps(job, ensure_ascii=False), encoding="utf-8")
     endpoint = resolve("mine", environ=None, base_url="http://127.0.0.1:1/v1")
     return Template(load_job(path), [*ROW, *more], endpoint, "m")
+
+
+VALUES = st.one_of(
+    st.text(), st.integers(), st.floats(), st.booleans(), st.none(), st.decimals(), st.dates(), st.datetimes(),
+    st.binary(), st.lists(st.integers() | st.none()), st.dictionaries(st.text(), st.text()),
+)  # fmt: skip
+
+
+@settings(deadline=None)
+@given(
+    pieces=st.lists(st.sampled_from(["{{ a }}", "{{b}}", "{{- a -}}", " text\n", "}", "{", "é漢", "{# note #}", "\n"])),
+    row=st.fixed_dictionaries({"a": VALUES, "b": VALUES}),
+)
+def test_names_and_text_are_filled_in_as_by_jinja(pieces: list[str], row: dict[str, object]) -> None:
+    def rendered(render: Callable[[dict[str, object]], str]) -> tuple[str, str]:
+        sandbox.begin()
+        try:
+            return "text", render(row)
+        except Exception as exc:  # noqa: BLE001 - they must be alike in this too
+            return type(exc).__name__, str(exc)
+
+    sandbox = Sandbox(["a", "b"], str)
+    text = "".join(pieces)
+    try:
+        tree, _ = sandbox._prepare(text)
+    except TemplateSyntaxError:
+        return
+    quick, _ = sandbox.text_of(text)
+    assert rendered(quick) == rendered(sandbox.from_string(tree).render)
