@@ -52,17 +52,41 @@ def test_a_limit_cuts_once_per_episode_and_grows_back_while_used_up() -> None:
     pacing = Pacing(32, clock)
     saturate(pacing)
     answers(pacing, clock, 60, ok=False)
-    assert pacing.allowed == 25
+    cut = pacing.allowed
+    assert cut == 14
     clock.now += 1
+    answers(pacing, clock, 10, ok=True)
     answers(pacing, clock, 60, ok=False)
-    assert pacing.allowed == 20
+    assert 5 <= pacing.allowed < cut
     clock.now += 1
     while pacing.in_flight > pacing.allowed:
         pacing.leave()
     for _ in range(1000):
         saturate(pacing)
+        clock.now += 1
         answers(pacing, clock, 1, ok=True)
     assert pacing.allowed == 32
+
+
+def test_where_nothing_is_taken_one_request_at_a_time_asks_ever_more_rarely() -> None:
+    clock = Clock()
+    pacing = Pacing(32, clock)
+    for _ in range(60):
+        pacing.note(sent_at=clock.now, is_ok=False, is_rate_limit=True)
+    clock.now += 1
+    for _ in range(20):
+        pacing.note(sent_at=clock.now, is_ok=False, is_rate_limit=True)
+    assert pacing.allowed == 1
+    pauses = []
+    for _ in range(6):
+        began = clock.now
+        clock.now = pacing._next
+        pauses.append(clock.now - began)
+        pacing.note(sent_at=clock.now, is_ok=False, is_rate_limit=True)
+    assert pauses == [2, 4, 8, 16, 16, 16]
+    clock.now = pacing._next
+    answers(pacing, clock, 1, ok=True)
+    assert pacing.allowed >= 12
 
 
 def test_an_idle_bound_does_not_grow_and_a_5xx_pauses_growth() -> None:
@@ -71,16 +95,19 @@ def test_an_idle_bound_does_not_grow_and_a_5xx_pauses_growth() -> None:
     answers(pacing, clock, 60, ok=False)
     cut = pacing.allowed
     assert cut < 10
-    answers(pacing, clock, 500, ok=True)
+    for _ in range(500):
+        clock.now += 1
+        answers(pacing, clock, 1, ok=True)
     assert pacing.allowed == cut
-    clock.now += 1
     saturate(pacing)
-    pacing.note(sent_at=clock.now, is_ok=False, is_rate_limit=False, is_server_error=True)
-    answers(pacing, clock, 500, ok=True)
+    for _ in range(500):
+        pacing.note(sent_at=clock.now, is_ok=False, is_rate_limit=False, is_server_error=True)
+        clock.now += 0.5
+        answers(pacing, clock, 1, ok=True)
     assert pacing.allowed == cut
-    clock.now += 2
     for _ in range(500):
         saturate(pacing)
+        clock.now += 1
         answers(pacing, clock, 1, ok=True)
     assert pacing.allowed == 10
 
