@@ -6,21 +6,18 @@ wrong with a file is an `InputError` that names the file and the line or row.
 
 from __future__ import annotations
 
-import codecs
 import csv
 import difflib
 import fnmatch
 import glob
-import gzip
 import os
 import stat
 import zlib
 from base64 import b64decode, b64encode
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
-from datetime import UTC, date, datetime
-from io import BytesIO, TextIOWrapper
+from io import BytesIO
 from pathlib import Path
 from typing import IO, Any
 
@@ -28,30 +25,20 @@ import pyarrow as pa
 import pyarrow.json as json_format
 import pyarrow.parquet as pq
 
+from batchrun.casts import TYPES, cast
 from batchrun.columns import build
 from batchrun.errors import InputError, listed
 from batchrun.job import ColumnSetting, InputSetting, Job
 from batchrun.jsonl import Record, infer, records
+from batchrun.textfile import MOST_CHARACTERS, Place, has_places, lines_of, open_text
 
 _BATCH_ROWS = 1024
 _PROBED_ROWS = 8
-_MOST_CHARACTERS = 100_000_000
-"""Of a line or a cell."""
 _BATCH_BYTES = 4 * 1024 * 1024
 _PLACE_ROWS = 8192
 """Rows between the places that are noted in a text file, so that a row is found again without reading from the top."""
-_PLACED = ("utf-8", "ascii", "iso8859", "cp125")
-"""Encodings in which a text can be cut anywhere between two characters."""
 _MANIFEST = b"batchrun"
 
-_TYPES: Mapping[str, pa.DataType] = {
-    "string": pa.string(),
-    "int64": pa.int64(),
-    "float64": pa.float64(),
-    "bool": pa.bool_(),
-    "date": pa.date32(),
-    "timestamp": pa.timestamp("us", tz="UTC"),
-}
 _BY_SUFFIX = {
     ".csv": "csv",
     ".tsv": "tsv",
@@ -77,17 +64,6 @@ class _File:
     is_gzip: bool
 
 
-@dataclass
-class _Place:
-    """Where a reader of a text file is."""
-
-    row: int = 0
-    offset: int = 0
-    """Bytes before it."""
-    line: int = 0
-    """Lines before it."""
-
-
 class Source:
     """The rows of a job's input, readable any number of times.
 
@@ -108,7 +84,7 @@ class Source:
         self._schemas: list[pa.Schema] = []
         self._rows: list[int | None] = [None] * len(self._files)
         """Of each file, once it was read to its end."""
-        self._places: list[list[_Place]] = [[] for _ in self._files]
+        self._places: list[list[Place]] = [[] for _ in self._files]
         with suppress(KeyError, TypeError, ValueError, pa.ArrowException):  # without it, all is learnt anew
             self._know(known or {})
         self._too_exact: dict[str, str] = {}
@@ -164,7 +140,7 @@ class Source:
         if (known["files"], known["reading"]) != (self.fingerprint(), self._read_as):
             return
         schemas = [pa.ipc.read_schema(pa.py_buffer(b64decode(schema))) for schema in known["schemas"]]
-        places = [[_Place(*map(int, place)) for place in places] for places in known["places"]]
+        places = [[Place(*map(int, place)) for place in places] for places in known["places"]]
         rows = [int(rows) if rows is not None else None for rows in known["file_rows"]]
         if len(schemas) == len(places) == len(rows) == len(self._files):
             self._schemas, self._places, self._rows = schemas, places, rows
@@ -237,7 +213,7 @@ class Source:
                 return self._infer_jsonl(file)
             case _:
                 with _reading(file.path), self._text(file) as fp:
-                    lines = _bounded_lines(fp, file.path, _Place(), self._setting.encoding)
+                    lines = lines_of(fp, file.path, Place(), self._setting.encoding)
                     header = next(self._csv(file, lines), None)
                 if header == []:
                     raise InputError(f"{file.path}: line 1 is blank: it should be the header")
@@ -247,7 +223,7 @@ class Source:
                 return pa.schema([(name, pa.string()) for name in header])
 
     def _infer_jsonl(self, file: _File) -> pa.Schema:
-        inferred = infer(self._records(file, _Place()), file.path)
+        inferred = infer(self._records(file, Place()), file.path)
         for name, (number, value) in inferred.too_exact.items():
             self._too_exact.setdefault(name, f"{file.path}: line {number}: column {name!r}: {value}")
         return inferred.schema
@@ -274,7 +250,7 @@ class Source:
         place = self._place_before(number, skipped)
         with _reading(file.path), self._text(file, place.offset) as fp:
             first_line = place.line
-            lines = _bounded_lines(fp, file.path, place, self._setting.encoding)
+            lines = lines_of(fp, file.path, place, self._setting.encoding)
             reader = self._csv(file, lines)
             if not first_line:
                 next(reader)
@@ -303,7 +279,7 @@ class Source:
 
     def _csv(self, file: _File, lines: Iterator[str]) -> Any:
         # The module's own limit of 128 kB a cell is below what a long prompt takes.
-        csv.field_size_limit(_MOST_CHARACTERS)
+        csv.field_size_limit(MOST_CHARACTERS)
         return csv.reader(lines, delimiter="\t" if file.format == "tsv" else ",", strict=True)
 
     def _read_jsonl(self, number: int, schema: pa.Schema, skipped: int) -> Iterator[pa.RecordBatch]:
@@ -332,42 +308,26 @@ class Source:
             if lines:
                 yield batch()
 
-    def _records(self, file: _File, place: _Place) -> Iterator[Record]:
+    def _records(self, file: _File, place: Place) -> Iterator[Record]:
         first_line = place.line
         with _reading(file.path), self._text(file, place.offset) as fp:
-            lines = _bounded_lines(fp, file.path, place, self._setting.encoding)
+            lines = lines_of(fp, file.path, place, self._setting.encoding)
             yield from records(lines, file.path, first_line)
 
-    def _place_before(self, number: int, row: int) -> _Place:
+    def _place_before(self, number: int, row: int) -> Place:
         """Where to begin to read for a row: a place noted before it, or the top of the file."""
         places = self._places[number]
-        found = places[min(len(places), row // _PLACE_ROWS) - 1] if places and row >= _PLACE_ROWS else _Place()
+        found = places[min(len(places), row // _PLACE_ROWS) - 1] if places and row >= _PLACE_ROWS else Place()
         return replace(found)
 
-    def _note_place(self, number: int, place: _Place) -> None:
+    def _note_place(self, number: int, place: Place) -> None:
         file, places = self._files[number], self._places[number]
-        can_be_found = not file.is_gzip and codecs.lookup(self._setting.encoding).name.startswith(_PLACED)
-        if can_be_found and len(places) == place.row // _PLACE_ROWS - 1:
+        if not file.is_gzip and has_places(self._setting.encoding) and len(places) == place.row // _PLACE_ROWS - 1:
             places.append(replace(place))
 
-    @contextmanager
-    def _text(self, file: _File, offset: int = 0) -> Iterator[IO[str]]:
-        encoding = self._setting.encoding
-        if codecs.lookup(encoding).name == "utf-8" and not offset:
-            encoding = "utf-8-sig"  # the same, and a byte order mark is not part of the first column's name
+    def _text(self, file: _File, offset: int = 0) -> AbstractContextManager[IO[str]]:
         newline = "\n" if file.format == "jsonl" else ""
-        opened: Any = gzip.open if file.is_gzip else Path.open
-        with (
-            opened(file.path, "rb") as raw,
-            TextIOWrapper(_from(raw, offset), encoding=encoding, newline=newline) as fp,
-        ):
-            try:
-                yield fp
-            except UnicodeError as exc:
-                raise InputError(
-                    f"{file.path}: is not {self._setting.encoding} ({exc}): "
-                    "set input: {encoding: …}, such as latin-1 or cp1252"
-                ) from None
+        return open_text(file.path, self._setting.encoding, newline, offset, is_gzip=file.is_gzip)
 
     def _shape(
         self, rows: pa.RecordBatch, plan: Sequence[tuple[str, pa.Field]], file: _File, first: int
@@ -377,7 +337,7 @@ class Source:
         for name, field in plan:
             column = rows.column(rows.schema.get_field_index(name))
             if column.type != field.type:
-                column = _cast(column, field, name, f"{file.path}: row", first)
+                column = cast(column, field, name, f"{file.path}: row", first)
             arrays.append(column)
         return pa.RecordBatch.from_arrays(arrays, schema=pa.schema([field for _, field in plan]))
 
@@ -441,9 +401,9 @@ def _plan(setting: InputSetting, schema: pa.Schema) -> list[tuple[str, pa.Field]
         wanted = ColumnSetting(type=wanted) if isinstance(wanted, str) else wanted
         field = schema.field(name)
         if wanted.type is not None:
-            if wanted.type not in _TYPES:
-                raise InputError(f"input.columns.{name}: {wanted.type!r} is no type: use {', '.join(_TYPES)}")
-            field = pa.field(name, _TYPES[wanted.type])
+            if wanted.type not in TYPES:
+                raise InputError(f"input.columns.{name}: {wanted.type!r} is no type: use {', '.join(TYPES)}")
+            field = pa.field(name, TYPES[wanted.type])
         plan.append((name, field.with_name(wanted.name or name)))
     _refuse_duplicates([field.name for _, field in plan], "input.columns")
     return plan
@@ -472,35 +432,6 @@ def _batch_rows(parquet: pq.ParquetFile, group: int, names: list[str]) -> int:
         size = max(size, batch.nbytes / max(1, batch.num_rows))
         break
     return max(1, min(_BATCH_ROWS, int(_BATCH_BYTES / max(1.0, size))))
-
-
-def _from(raw: Any, offset: int) -> Any:
-    raw.seek(offset)
-    return raw
-
-
-def _bounded_lines(fp: IO[str], path: Path, place: _Place, encoding: str) -> Iterator[str]:
-    """Lines, none of them endless: a file of a few megabytes can unpack to one of many gigabytes.
-
-    Args:
-        place: is moved along with them.
-    """
-    if not place.offset:
-        place.offset = _mark_bytes(path, encoding)
-    while line := fp.readline(_MOST_CHARACTERS):
-        place.line += 1
-        if len(line) >= _MOST_CHARACTERS:
-            raise InputError(f"{path}: line {place.line}: is longer than {_MOST_CHARACTERS} characters")
-        place.offset += len(line) if line.isascii() else len(line.encode(encoding))
-        yield line
-
-
-def _mark_bytes(path: Path, encoding: str) -> int:
-    """Bytes of the byte order mark at the top of a file."""
-    if codecs.lookup(encoding).name != "utf-8":
-        return 0
-    with path.open("rb") as raw:
-        return 3 if raw.read(3) == codecs.BOM_UTF8 else 0
 
 
 def _rows_of(reader: Any, path: Path, first_line: int) -> Iterator[list[str]]:
@@ -537,57 +468,6 @@ def _wide(field: pa.Field) -> pa.Field:
     if pa.types.is_dictionary(kind):
         field = field.with_type(pa.dictionary(pa.int32(), kind.value_type, kind.ordered))
     return field
-
-
-def _cast(column: pa.Array, field: pa.Field, name: str, where: str, first: int) -> pa.Array:
-    if pa.types.is_string(column.type) and field.type in _FROM_TEXT:
-        return _cast_text(column, field.type, name, where, first)
-    try:
-        return column.cast(field.type)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-        pass
-    for index in range(len(column)):
-        try:
-            column.slice(index, 1).cast(field.type)
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-            raise InputError(
-                f"{where} {first + index + 1}: column {name!r}: {str(column[index].as_py())[:60]!r} is no {field.type}"
-            ) from None
-    raise InputError(f"{where}s from {first + 1}: column {name!r} ({column.type}) cannot become {field.type}")
-
-
-def _cast_text(column: pa.Array, kind: pa.DataType, name: str, where: str, first: int) -> pa.Array:
-    """Text as another type; an empty cell is null."""
-    convert = _FROM_TEXT[kind]
-    values = []
-    for index, text in enumerate(column.to_pylist()):
-        try:
-            values.append(convert(text.strip()) if text and text.strip() else None)
-        except (ValueError, KeyError):
-            raise InputError(f"{where} {first + index + 1}: column {name!r}: {text[:60]!r} is no {kind}") from None
-    return build(values, kind)
-
-
-def _int64(text: str) -> int:
-    value = int(text)
-    if not -(2**63) <= value < 2**63:
-        raise ValueError
-    return value
-
-
-def _timestamp(text: str) -> datetime:
-    """A time without an offset is UTC."""
-    moment = datetime.fromisoformat(text)
-    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
-
-
-_FROM_TEXT: Mapping[pa.DataType, Callable[[str], Any]] = {
-    pa.int64(): _int64,
-    pa.float64(): float,
-    pa.bool_(): lambda text: {"true": True, "false": False, "1": True, "0": False}[text.lower()],
-    pa.date32(): date.fromisoformat,
-    pa.timestamp("us", tz="UTC"): _timestamp,
-}
 
 
 @contextmanager

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "batchrun"
 
 FLOORS = [
     {"errors", "usage", "sse", "columns", "uniqueness", "documents", "folders", "form", "inflate", "scrub", "sandbox"},
-    {"money", "providers", "jobfile", "lock", "migrations"},
+    {"money", "providers", "jobfile", "lock", "migrations", "casts", "textfile"},
     {"records", "job", "prices", "projection", "fetch"},
     {"failures", "ledger_view", "transport"},
     {"wire", "accounts", "jsonl"},

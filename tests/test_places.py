@@ -113,8 +113,8 @@ def test_a_row_near_the_end_is_read_without_what_stands_before_it(
             lines += 1
             yield line
 
-    read = source._bounded_lines
-    monkeypatch.setattr(source, "_bounded_lines", counted)
+    read = source.lines_of
+    monkeypatch.setattr(source, "lines_of", counted)
     known = {"files": first.fingerprint(), **first.knowledge()}
     found = [row for batch in Source(job, known).batches(None, 49_990, 49_992) for row in batch.rows.to_pylist()]
     assert found == [{"a": "49990"}, {"a": "49991"}]
