@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from batchrun.columns import build
-from batchrun.money import COST_SOURCES
+from batchrun.money import COST_SOURCES, PICO_PER_USD, from_pico
 from batchrun.records import Answer, Slot, StandingAttempt
 from batchrun.wire import read_answer
 
@@ -59,7 +59,12 @@ class Counts:
     ok: int = 0
     failed: int = 0
     pending: int = 0
-    usd: Decimal = Decimal(0)
+    usd_pico: int = 0
+
+    @property
+    def usd(self) -> Decimal:
+        """Dollars, exact."""
+        return from_pico(self.usd_pico)
 
     @property
     def rows(self) -> int:
@@ -122,10 +127,10 @@ class Results:
         answered = None
         unknown = 0
         for attempt in attempts:
-            if attempt.usd is None:
+            if attempt.usd_pico is None:
                 unknown += 1
             else:
-                self.counts.usd += attempt.usd
+                self.counts.usd_pico += attempt.usd_pico
             if answered is None and attempt.outcome == "ok":
                 answered = attempt
         usd_spent, cost_source = _spent(attempts)
@@ -196,15 +201,16 @@ def _answer_columns(attempt: StandingAttempt) -> dict[str, Any]:
 def _spent(attempts: Sequence[StandingAttempt]) -> tuple[float | None, str | None]:
     """A row's dollars, and where they come from: the weakest source among the attempts that cost something."""
     if len(attempts) == 1:
-        usd = attempts[0].usd
-        return (float(usd), attempts[0].cost_source) if usd is not None else (None, None)
-    known = [(attempt.usd, attempt.cost_source) for attempt in attempts if attempt.usd is not None]
-    total = sum((usd for usd, _ in known), Decimal(0))
-    is_answer_known = all(attempt.usd is not None for attempt in attempts if attempt.outcome == "ok")
+        pico = attempts[0].usd_pico
+        return (pico / PICO_PER_USD, attempts[0].cost_source) if pico is not None else (None, None)
+    known = [(attempt.usd_pico, attempt.cost_source) for attempt in attempts if attempt.usd_pico is not None]
+    total = sum(pico for pico, _ in known)
+    is_answer_known = all(attempt.usd_pico is not None for attempt in attempts if attempt.outcome == "ok")
     if not known or (total == 0 and not is_answer_known):
         # An answer at an unknown price after refusals for nothing did not cost nothing.
         return None, None
-    sources = [source for usd, source in known if usd] or [
-        attempt.cost_source for attempt in attempts if attempt.outcome == "ok" and attempt.usd is not None
+    sources = [source for pico, source in known if pico] or [
+        attempt.cost_source for attempt in attempts if attempt.outcome == "ok" and attempt.usd_pico is not None
     ] or [source for _, source in known]  # fmt: skip
-    return float(total), max(sources, key=lambda source: COST_SOURCES.index(source or "not_billed"))
+    # Of whole numbers Python's quotient is the nearest double: the one whose shortest repr is the exact amount.
+    return total / PICO_PER_USD, max(sources, key=lambda source: COST_SOURCES.index(source or "not_billed"))

@@ -229,28 +229,16 @@ class LedgerView:
                 """,
                 {"run": run.run, "start": start, "stop": stop},
             )
-            for row in rows:
-                at, model, sample, attempt_id, key, client_request_id, settled_at, outcome, final, error = row[:10]
-                usd_pico, cost_source, request_id, latency_us, first_token_us, streamed, flags, body = row[15:]
+            for (
+                at, model, sample, attempt_id, key, client_request_id, settled_at, outcome, final, error, *usage,
+                usd_pico, cost_source, request_id, latency_us, first_token_us, streamed, flags, body,
+            ) in rows:  # fmt: skip
                 yield StandingAttempt(
-                    slot=Slot(at, model, sample),
-                    attempt_id=attempt_id,
-                    key=key,
-                    client_request_id=client_request_id,
-                    settled_at=settled_at,
-                    outcome=outcome,
-                    is_final=bool(final),
-                    error=error,
-                    usage=row[10:15],
-                    usd=from_pico(usd_pico) if usd_pico is not None else None,
-                    cost_source=cost_source,
-                    request_id=request_id,
-                    latency_seconds=seconds(latency_us),
-                    first_token_seconds=seconds(first_token_us),
-                    streamed=bool(streamed),
-                    flags=tuple(flags.split(",")) if flags else (),
-                    body=decompress(body) if body is not None else None,
-                )
+                    Slot(at, model, sample), attempt_id, key, client_request_id, settled_at, outcome, bool(final),
+                    error, usage, usd_pico, cost_source, request_id, seconds(latency_us), seconds(first_token_us),
+                    bool(streamed), tuple(flags.split(",")) if flags else (),
+                    decompress(body) if body is not None else None,
+                )  # fmt: skip
 
     def answer_bytes(self, run: Run, start: int, stop: int) -> int:
         """Size of the answers in rows `start` ≤ index < `stop`."""

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from batchrun.errors import LedgerHeldError, StorageError
+
+_LOOKS, _LOOK_SECONDS = 10, 0.02
 
 
 def lock_path(ledger: Path) -> Path:
@@ -57,8 +60,9 @@ def held(ledger: Path) -> Iterator[None]:
 
 
 def _holder(path: Path) -> str:
-    try:
-        holder = json.loads(path.read_text(encoding="utf-8"))
-        return f"process {holder['pid']} on {holder['host']} since {holder['since']}"
-    except (OSError, ValueError, KeyError, TypeError):
-        return "another process"
+    for _ in range(_LOOKS):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            holder = json.loads(path.read_text(encoding="utf-8"))
+            return f"process {holder['pid']} on {holder['host']} since {holder['since']}"
+        time.sleep(_LOOK_SECONDS)  # whoever has just got the lock has not written its name yet
+    return "another process"

@@ -6,6 +6,7 @@ Those that every row makes are named tuples: a frozen dataclass takes five times
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from enum import Enum
@@ -180,9 +181,10 @@ class StandingAttempt(NamedTuple):
     outcome: str
     is_final: bool
     error: str | None
-    usage: tuple[int | None, ...]
+    usage: Sequence[int | None]
     """prompt, completion, total, cached, reasoning."""
-    usd: Decimal | None
+    usd_pico: int | None
+    """In pico-dollars; None if it is not known."""
     cost_source: str | None
     request_id: str | None
     latency_seconds: float | None

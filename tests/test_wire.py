@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchrun.failures import parse_retry_after, read_failure
-from batchrun.money import from_pico, to_pico, usd_text
+from batchrun.money import PICO_PER_USD, from_pico, to_pico, usd_text
 from batchrun.prices import Price
 from batchrun.records import Action, Answer, Failure
 from batchrun.sse import EventParser
@@ -308,3 +308,8 @@ def test_the_system_prompt_stands_where_the_dialect_wants_it() -> None:
     assert request_body("m", messages, {}, system="top_level") == {
         "model": "m", "system": "s", "messages": messages[1:],
     }  # fmt: skip
+
+
+@given(st.integers(0, 2**62))
+def test_a_double_of_dollars_is_the_nearest_to_the_exact_amount(pico: int) -> None:
+    assert pico / PICO_PER_USD == float(from_pico(pico))
