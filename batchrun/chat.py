@@ -63,7 +63,7 @@ class ChatSender:
                 "User-Agent": f"batchrun/{__version__}",
                 **endpoint.headers,
             }
-        ).raw
+        )
         self._scrubber = endpoint.scrubber
         self._timeout_seconds = timeout_seconds
         self._max_bytes = max_response_bytes
@@ -85,10 +85,10 @@ class ChatSender:
 
     async def send(self, intent: Intent) -> Exchange:
         """Send one request. What goes wrong on the way is a value in the exchange, never an exception."""
-        body = intent.request.body
-        named = [(b"Content-Length", b"%d" % len(body)), (b"X-Client-Request-Id", intent.client_request_id.encode())]
-        # Given a stream, httpx leaves the headers as they are.
-        request = httpx.Request("POST", self._url, headers=self._headers + named, stream=httpx.ByteStream(body))
+        # Given a stream, httpx leaves the headers as they are; the transport adds the length.
+        body = httpx.ByteStream(intent.request.body)
+        request = httpx.Request("POST", self._url, headers=self._headers, stream=body)
+        request.headers["X-Client-Request-Id"] = intent.client_request_id
         loop = asyncio.get_running_loop()
         reception = _Reception(loop.time())
         limit = asyncio.timeout(None)
@@ -98,10 +98,11 @@ class ChatSender:
                 response = await self._transport.handle_async_request(request)
                 reception.status = response.status_code
                 reception.headers = self._headers_of(response)
+                assert isinstance(response.stream, httpx.AsyncByteStream)
                 try:
-                    await self._receive(response, reception)
+                    await self._receive(response.stream, reception)
                 finally:
-                    await response.aclose()
+                    await response.stream.aclose()
         except TimeoutError:
             reception.broke = Failure(
                 "timeout",
@@ -128,8 +129,9 @@ class ChatSender:
             headers[name] = f"{headers[name]}, {value}" if name in headers else value
         return headers
 
-    async def _receive(self, response: httpx.Response, reception: _Reception) -> None:
-        is_success = 200 <= response.status_code < 300
+    async def _receive(self, stream: httpx.AsyncByteStream, reception: _Reception) -> None:
+        assert reception.status is not None
+        is_success = 200 <= reception.status < 300
         most = self._max_bytes if is_success else min(self._max_bytes, _MOST_ERROR_BYTES)
         if is_success:
             reception.reader = self._reader(reception)
@@ -138,8 +140,7 @@ class ChatSender:
         except UnaskedError as exc:
             reception.broke = Failure("malformed", Action.RETRY, str(exc))
             return
-        assert isinstance(response.stream, httpx.AsyncByteStream)
-        async for packed in response.stream:
+        async for packed in stream:
             try:
                 piece = inflater.feed(packed)
             except TooLongError:

@@ -104,8 +104,11 @@ class Plan:
             raise JobError(f"output: {path} is {other or 'part of the input'} too: name another file")
         return path
 
-    def requests(self) -> Iterator[Request | RowFault]:
+    def requests(self, *, keyed: bool = True) -> Iterator[Request | RowFault]:
         """Every slot of the input, in order.
+
+        Args:
+            keyed: False leaves the keys empty.
 
         Raises:
             JobError: the column `input.id` holds a value twice.
@@ -123,7 +126,7 @@ class Plan:
                             f"input.id: the value {row[name]!r} of the column {name!r} stands twice: in the rows "
                             f"{earlier + 1} and {row_index + 1} of {self.source.file_names}"
                         )
-                request = self._request(row_index, row)
+                request = self._request(row_index, row, keyed=keyed)
                 if isinstance(request, Request):
                     self._note_bounds(request)
                 yield request
@@ -174,10 +177,10 @@ class Plan:
                     wanted[row_index] = state.tries if state else 0
         return wanted
 
-    def _request(self, row_index: int, row: Mapping[str, Any]) -> Request | RowFault:
+    def _request(self, row_index: int, row: Mapping[str, Any], *, keyed: bool = True) -> Request | RowFault:
         slot = Slot(row_index, self.model)
         try:
-            request = self.template.request(row_index, row)
+            request = self.template.request(row_index, row, keyed=keyed)
         except NotRenderedError as exc:
             return RowFault(slot, str(exc))
         most = self.job.tokens_per_minute
@@ -256,4 +259,4 @@ def place(plan: Plan, ledger: Ledger, run: Run) -> int:
     def known() -> dict[str, Any]:
         return {**found, "bounds": [plan.unbounded_row, plan.outside_row], **plan.source.knowledge()}
 
-    return ledger.place(run, plan.requests(), known)
+    return ledger.place(run, plan.requests(keyed=ledger.has_answers()), known)

@@ -45,7 +45,7 @@ class Scrubber:
 
     def is_in(self, texts: Iterable[str | None]) -> bool:
         """True if any of the texts holds a secret that is no word: one that nobody writes by chance."""
-        return any(secret in text for text in texts if text for secret in self._keys)
+        return bool(self._keys) and any(secret in text for text in texts if text for secret in self._keys)
 
     def _replaced(self, raw: bytes) -> bytes:
         for form in self._forms:

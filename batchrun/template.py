@@ -52,20 +52,21 @@ class _Requests:
         )
         self._shape = _shape_of(body) if is_fixed else None
 
-    def request(self, slot: Slot, values: Sequence[Any]) -> Request:
+    def request(self, slot: Slot, values: Sequence[Any], *, keyed: bool) -> Request:
         """The request of a row.
 
         Raises:
             NotRenderedError: it cannot be sent.
         """
         try:
-            canonical, wire = self._canonical.json(values).encode(), self._wire.json(values).encode()
+            wire = self._wire.json(values).encode()
+            canonical = self._canonical.json(values).encode() if keyed else b""
         except UnicodeEncodeError:
             raise NotRenderedError("the prompt has half of a surrogate pair, which no UTF-8 can carry") from None
         except (ValueError, TypeError, RecursionError, MemoryError) as exc:
             raise NotRenderedError(f"a parameter cannot be sent as JSON: {exc}") from None
         shape = self._shape or _shape_of(filled(self._body, values))
-        key = f"b2:{blake2b(canonical, digest_size=16).hexdigest()}"
+        key = f"b2:{blake2b(canonical, digest_size=16).hexdigest()}" if keyed else ""
         return Request(slot, key, wire, 0, *shape)
 
 
@@ -117,8 +118,11 @@ class Template:
         if prompt.messages_column is None and not any(has_holes(message.get("role")) for message in self._messages):
             self._compiled = self._requests(self._messages)
 
-    def request(self, row_index: int, row: Mapping[str, Any]) -> Request:
+    def request(self, row_index: int, row: Mapping[str, Any], *, keyed: bool = True) -> Request:
         """The request of a row; its key covers everything that changes the answer.
+
+        Args:
+            keyed: False leaves the key empty, where it is only to be seen whether there is a request.
 
         Raises:
             NotRenderedError: the row gives no request.
@@ -126,9 +130,10 @@ class Template:
         values = self._values(row)
         if self._compiled is not None:
             _refuse_blank(self._asked, values)
-            return self._compiled.request(Slot(row_index, self._model), values)
+            return self._compiled.request(Slot(row_index, self._model), values, keyed=keyed)
         # Where the roles come from the row, so does the form of the request.
-        return self._requests(self._conversation(row, values)).request(Slot(row_index, self._model), values)
+        requests = self._requests(self._conversation(row, values))
+        return requests.request(Slot(row_index, self._model), values, keyed=keyed)
 
     def messages(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
         """The rendered conversation of a row."""

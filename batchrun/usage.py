@@ -84,6 +84,7 @@ def _part(usage: dict[str, Any], outer: tuple[str, ...], inner: tuple[str, ...])
     return found
 
 
+_PLAIN = {"prompt_tokens", "completion_tokens", "total_tokens"}
 _READ_DETAILS = ("prompt_tokens_details", "input_tokens_details")
 _WRITTEN_DETAILS = ("completion_tokens_details", "output_tokens_details")
 
@@ -92,6 +93,8 @@ def read_usage(usage: object) -> Usage:
     """One sighting of a `usage` object, names mapped, nothing added up between its sides."""
     if not isinstance(usage, dict):
         return NO_USAGE
+    if usage.keys() <= _PLAIN:
+        return Usage(*(count(usage.get(name)) for name in ("prompt_tokens", "completion_tokens", "total_tokens")))
     cached = _part(usage, _READ_DETAILS, ("cached_tokens", "cache_read_input_tokens", "prompt_cache_hit_tokens"))
     written = _part(usage, _READ_DETAILS, ("cache_write_tokens", "cache_creation_input_tokens"))
     if written is None and isinstance(lifetimes := usage.get("cache_creation"), dict):
@@ -132,11 +135,4 @@ def settle(usage: Usage) -> Usage:
     total = usage.total_tokens
     if prompt is not None and usage.completion_tokens is not None:
         total = max(total or 0, prompt + usage.completion_tokens)
-    return Usage(
-        prompt,
-        usage.completion_tokens,
-        total,
-        usage.cached_tokens,
-        usage.cache_write_tokens,
-        usage.reasoning_tokens,
-    )
+    return usage._replace(prompt_tokens=prompt, total_tokens=total)

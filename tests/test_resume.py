@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from batchrun import accounts
 from batchrun.ledger import Ledger
-from batchrun.money import Cost
+from batchrun.money import Cost, from_pico
 from batchrun.records import Action, Exchange, Failure, Request, Reservation, Settlement, Slot, now_us
 
 from .conftest import FakeProvider, Workspace, spent
@@ -250,7 +250,7 @@ def test_every_answer_finds_a_row_that_asks_for_it_or_is_unplaced(
     totals = accounts.totals(ledger, run)
     assert totals.ok == sum(answered.values())
     assert totals.unplaced == sum((had - asked).values())
-    assert totals.usd == totals.unplaced_usd + sum(attempt.usd or 0 for attempt in standing)
+    assert totals.usd == totals.unplaced_usd + from_pico(sum(attempt.usd_pico or 0 for attempt in standing))
     # And back again: the same input, the same places.
     ledger.place(run, [Request(Slot(index, "m"), key, b"") for index, key in enumerate(before)], dict)
     assert accounts.totals(ledger, run).unplaced == 0

@@ -127,3 +127,8 @@ def test_a_key_covers_what_changes_the_answer_and_nothing_else() -> None:
         key(prompt={"system": "s", "user": "{{ review }}"}),
     ]  # fmt: skip
     assert len({base, *others}) == len(others) + 1
+
+
+def test_a_request_without_its_key_is_the_same_request() -> None:
+    made = template(parameters={"max_tokens": "{{ n }}"})
+    assert made.request(3, ROW, keyed=False) == made.request(3, ROW)._replace(key="")
