@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pyarrow as pa
@@ -87,15 +87,18 @@ class EarlyOutput:
         self._retry_failed = retry_failed
         self._run = run
         self._output = output
-        self._thread: threading.Thread | None = None
+        self._is_begun = False
         self._is_over = threading.Event()
+        self._is_given_up = False
+        self._is_done = threading.Event()
         self._summary: Summary | None = None
         self._error: BaseException | None = None
 
     def start(self) -> None:
-        """Begin, in a thread of its own."""
-        self._thread = threading.Thread(target=self._write, name="output")
-        self._thread.start()
+        """Begin, in a thread of its own; without one, all of it is left for the end."""
+        with suppress(RuntimeError):
+            threading.Thread(target=self._write, name="output").start()
+            self._is_begun = True
 
     def finish(self, summary: Summary) -> bool:
         """The run is over: end the file. False if none was begun.
@@ -108,16 +111,18 @@ class EarlyOutput:
         self._end()
         if self._error is not None:
             raise self._error
-        return self._thread is not None
+        return self._is_begun
 
     def give_up(self) -> None:
         """What was begun and not finished is not wanted; it leaves no trace."""
+        self._is_given_up = True
         self._end()
 
     def _end(self) -> None:
         self._is_over.set()
-        if self._thread is not None:
-            self._thread.join()
+        if self._is_begun:
+            # Not join(): broken off by a signal, it takes a thread that still runs for one that has ended.
+            self._is_done.wait()
 
     def _write(self) -> None:
         try:
@@ -135,10 +140,12 @@ class EarlyOutput:
             pass
         except BaseException as exc:  # noqa: BLE001 - it is for whoever waits for the file
             self._error = exc
+        finally:
+            self._is_done.set()
 
     def _last_word(self) -> Summary:
         self._is_over.wait()
-        if self._summary is None:
+        if self._summary is None or self._is_given_up:
             raise _GivenUpError
         return self._summary
 
