@@ -148,6 +148,7 @@ def test_an_answer_that_never_comes_is_an_unknown_outcome(
     assert (row["status"], row["attempts"], row["unknown_attempts"]) == ("ok", 2, 1)
     assert result.json["unknown_outcomes"] == 1
     if how != "silent":  # whose request is not over yet, so that the fake has not logged it
+        provider.wait_for(3)
         lost = next(request for request in provider.requests if request["nth"] == 1 and "fail" in request["text"])
         assert provider.bill - spent(work.rows()) == Decimal(lost["usd"]) > 0
     assert "unknown: 1 attempts in 1 rows (1) got no answer" in result.stderr
