@@ -101,17 +101,16 @@ class EarlyOutput:
             self._is_begun = True
 
     def finish(self, summary: Summary) -> bool:
-        """The run is over: end the file. False if none was begun.
+        """The run is over: end the file. False if there is none: what went wrong on the way may go right now.
 
         Raises:
-            StorageError: it cannot be written.
             BrokenPromiseError: its rows do not add up to the ledger.
         """
         self._summary = summary
         self._end()
-        if self._error is not None:
+        if isinstance(self._error, BrokenPromiseError):
             raise self._error
-        return self._is_begun
+        return self._is_begun and self._error is None
 
     def give_up(self) -> None:
         """What was begun and not finished is not wanted; it leaves no trace."""

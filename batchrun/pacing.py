@@ -238,8 +238,9 @@ class Pacing:
             # Nothing at all was taken, so this tells no level: try again with one at a time, ever more rarely.
             self._fruitless += 1
         else:
-            borne = self._level * max(_DEEPEST_CUT, 1 - share)
-            self._met_at, self._level, self._is_chance = borne, borne * _CUT, False
+            borne = max(1.0, self._level * max(_DEEPEST_CUT, 1 - share))
+            # Never below one at a time: growth goes by answers, and would have none to go by.
+            self._met_at, self._level, self._is_chance = borne, max(1.0, borne * _CUT), False
         wait = min(_PAUSE * 2**self._fruitless, _LONGEST_PROBE) if retry_after is None else retry_after
         self._pause(now + min(self._longest_pause, wait))
         self._answered = 0

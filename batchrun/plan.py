@@ -142,6 +142,7 @@ class Plan:
     ) -> Iterator[Request]:
         """The slots that the ledger lacks an answer to, in order; of the rows in `only`, if it is given."""
         for start, stop in ledger.unsettled(run, rows, retry_failed=retry_failed):
+            self.source.refuse_change()
             for batch in self.source.batches(self.template.columns, start, stop):
                 tries = self._wanted(ledger, run, batch.start, batch.start + batch.rows.num_rows, retry_failed, only)
                 if not tries:
@@ -243,7 +244,7 @@ def place(plan: Plan, ledger: Ledger, run: Run) -> int:
     shape: list[Any] = [plan.job.request_shape(), plan.endpoint.identity, plan.endpoint.system, plan.model]
     if plan.job.tokens_per_minute is not None:
         shape.append(plan.job.tokens_per_minute)  # by which rows are refused
-    found = {"files": plan.source.fingerprint(), "shape": blake2b(repr(shape).encode(), digest_size=16).hexdigest()}
+    found = {"files": plan.source.seen, "shape": blake2b(repr(shape).encode(), digest_size=16).hexdigest()}
     placed = ledger.placed_input(run)
     # A run that has sent nothing is read anew: there is nothing to save, and the warnings must be seen again.
     if (

@@ -9,6 +9,7 @@ from aiolimiter import AsyncLimiter
 from batchrun.records import Exchange, Request
 
 _BYTES_PER_TOKEN = 4.0
+_CREDIT_SECONDS = 3
 _UNBOUNDED_COMPLETION = 1024
 """Tokens of an answer that nothing bounds, until some have come."""
 
@@ -70,6 +71,8 @@ class Rates:
             self._owed -= waited_for
         elif usage.total_tokens is not None:
             self._owed += usage.total_tokens - waited_for
+        # What was waited for in vain is not to be spent in one go later.
+        self._owed = max(self._owed, -_CREDIT_SECONDS * self._tokens.max_rate)
 
     def stop(self) -> None:
         """Let nobody wait any longer: the run is stopping, and who enters now leaves at once."""

@@ -72,6 +72,7 @@ class Source:
 
     Attributes:
         schema: the Arrow schema after `input.columns`.
+        seen: the fingerprint of the files when they were first looked at.
         is_own_output: the input was written by batchrun.
     """
 
@@ -80,6 +81,8 @@ class Source:
         self._folder = job.path.parent
         self._job_path = job.resolve(job.input.path)
         self._files = _find(job)
+        # Before anything is read: what was read of them later may be of other files.
+        self.seen = self.fingerprint()
         self._read_as = [self._setting.encoding, *(file.format for file in self._files)]
         self._schemas: list[pa.Schema] = []
         self._rows: list[int | None] = [None] * len(self._files)
@@ -137,7 +140,7 @@ class Source:
         return found
 
     def _know(self, known: Mapping[str, Any]) -> None:
-        if (known["files"], known["reading"]) != (self.fingerprint(), self._read_as):
+        if (known["files"], known["reading"]) != (self.seen, self._read_as):
             return
         schemas = [pa.ipc.read_schema(pa.py_buffer(b64decode(schema))) for schema in known["schemas"]]
         places = [[Place(*map(int, place)) for place in places] for places in known["places"]]
@@ -153,6 +156,15 @@ class Source:
             "file_rows": self._rows,
             "places": [[[place.row, place.offset, place.line] for place in places] for places in self._places],
         }
+
+    def refuse_change(self) -> None:
+        """Whoever reads on in other files than those that were placed asks the wrong rows.
+
+        Raises:
+            InputError: the files are not those that were first looked at.
+        """
+        if self.fingerprint() != self.seen:
+            raise InputError(f"{self.file_names} has changed while the run went on")
 
     def batches(self, only: Sequence[str] | None = None, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
         """Read the rows `start` ≤ index < `stop`, or `only` some columns of them.

@@ -116,7 +116,10 @@ class Template:
         self._compiled: _Requests | None = None
         self._asked = _asked(self._messages)
         if prompt.messages_column is None and not any(has_holes(message.get("role")) for message in self._messages):
-            self._compiled = self._requests(self._messages)
+            try:
+                self._compiled = self._requests(self._messages)
+            except NotRenderedError as exc:
+                raise JobError(f"prompt and parameters: {exc}") from None
 
     def request(self, row_index: int, row: Mapping[str, Any], *, keyed: bool = True) -> Request:
         """The request of a row; its key covers everything that changes the answer.
@@ -141,7 +144,10 @@ class Template:
 
     def _requests(self, messages: Sequence[Mapping[str, Any]]) -> _Requests:
         body = request_body(self._model, messages, self._parameters, system=self._endpoint.system)
-        return _Requests(body, self._endpoint, self._stream)
+        try:
+            return _Requests(body, self._endpoint, self._stream)
+        except (ValueError, TypeError, RecursionError, MemoryError) as exc:
+            raise NotRenderedError(f"it cannot be sent as JSON: {exc}") from None
 
     def _conversation(self, row: Mapping[str, Any], values: Sequence[Any]) -> list[dict[str, Any]]:
         if self._messages_column is not None:

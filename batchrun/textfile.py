@@ -15,7 +15,8 @@ from batchrun.errors import InputError
 
 MOST_CHARACTERS = 100_000_000
 """Of a line or a cell."""
-_PLACED = ("utf-8", "ascii", "iso8859", "cp125")
+_PLACED = ("utf-8", "ascii")
+_PLACED_KINDS = ("iso8859", "cp125")
 """Encodings in which a text can be cut anywhere between two characters."""
 
 
@@ -32,7 +33,8 @@ class Place:
 
 def has_places(encoding: str) -> bool:
     """True if a text in this encoding can be read from the middle."""
-    return codecs.lookup(encoding).name.startswith(_PLACED)
+    name = codecs.lookup(encoding).name
+    return name in _PLACED or name.startswith(_PLACED_KINDS)
 
 
 @contextmanager

@@ -44,7 +44,7 @@ def _files(folder: Path, form: str, tables: list[list[list[str]]], encoding: str
 @given(
     form=st.sampled_from(["csv", "jsonl", "parquet"]),
     tables=st.lists(st.lists(st.lists(CELLS, min_size=2, max_size=2), max_size=30), min_size=1, max_size=3),
-    encoding=st.sampled_from(["utf-8", "utf-16", "gb18030"]),
+    encoding=st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "gb18030"]),
     mark=st.booleans(),
     ends=st.tuples(st.integers(0, 100), st.integers(0, 100)),
 )

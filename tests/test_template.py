@@ -132,3 +132,10 @@ def test_a_key_covers_what_changes_the_answer_and_nothing_else() -> None:
 def test_a_request_without_its_key_is_the_same_request() -> None:
     made = template(parameters={"max_tokens": "{{ n }}"})
     assert made.request(3, ROW, keyed=False) == made.request(3, ROW)._replace(key="")
+
+
+def test_what_json_cannot_carry_fails_its_row_or_the_job() -> None:
+    stored = [{"role": "user", "content": "hi", "x": float("nan")}]
+    assert "cannot be sent as JSON" in refusal({**ROW, "messages": stored}, prompt={"messages_column": "messages"})
+    with pytest.raises(JobError, match="cannot be sent as JSON"):
+        template(parameters={"x": float("inf")})
