@@ -120,10 +120,6 @@ class Budget:
         Where it does not fit, this waits for what is in flight, which mostly costs less than was reserved. None if it
         does not fit with nothing in flight, or the run is stopping.
         """
-        if not self._turn.locked():  # nobody is before it
-            reservation = self._reserved(request)
-            if reservation is not None:
-                return reservation
         async with self._turn:
             while not self._is_closed:
                 reservation = self._reserved(request)
