@@ -122,24 +122,18 @@ class Budget:
         """
         async with self._turn:
             while not self._is_closed:
-                reservation = self._reserved(request)
-                if reservation is not None:
-                    return reservation
+                now = self._now = max(self._now, self._clock())  # a clock that is set back begins no day anew
+                most = self.most_pico(request, now)
+                if self._fits(most, now):
+                    self._held += most or 0
+                    self.in_flight += 1
+                    return Reservation(most, now)
                 if self.in_flight == 0:
-                    self.refused_pico = self.most_pico(request, self._now)
+                    self.refused_pico = most
                     return None
                 self._settled.clear()
                 await self._settled.wait()
         return None
-
-    def _reserved(self, request: Request) -> Reservation | None:
-        now = self._now = max(self._now, self._clock())  # a clock that is set back begins no day anew
-        most = self.most_pico(request, now)
-        if self._is_closed or not self._fits(most, now):
-            return None
-        self._held += most or 0
-        self.in_flight += 1
-        return Reservation(most, now)
 
     def settle(self, request: Request, reservation: Reservation, exchange: Exchange) -> Hold:
         """Give a reservation way to the cost, if that is known."""

@@ -45,8 +45,6 @@ def build(values: Sequence[Any], kind: pa.DataType) -> pa.Array:
         return pa.Array.from_buffers(
             kind, len(values), [validity, pa.py_buffer(_bits([bool(value) for value in values]))], null_count=nulls
         )
-    if pa.types.is_null(kind):
-        return pa.nulls(len(values))
     code, number = _NUMBERS[kind]
     plain = array(code, [number(value) if value is not None else 0 for value in values])
     return pa.Array.from_buffers(kind, len(values), [validity, pa.py_buffer(plain)], null_count=nulls)

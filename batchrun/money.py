@@ -50,7 +50,7 @@ def amount(value: object) -> Decimal | None:
     >>> amount("0.001240000"), amount(Decimal("-1")), amount("nan")
     (Decimal('0.001240000'), None, None)
     """
-    if value is None or isinstance(value, bool) or not isinstance(value, (int, str, Decimal)):
+    if isinstance(value, bool) or not isinstance(value, (int, str, Decimal)):
         return None
     try:
         number = Decimal(value.strip() if isinstance(value, str) else value)
