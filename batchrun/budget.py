@@ -101,7 +101,6 @@ class Budget:
         there is no cap, a new period has begun, or an answer cost more than was reserved."""
         self.most_held = max(held, cap.pico) if cap is not None else 0
         self._bound = PromptBound()
-        self._turn = asyncio.Lock()
         self._settled = asyncio.Event()
         self._is_closed = False
         self.in_flight = 0
@@ -115,24 +114,29 @@ class Budget:
         return self._cap is not None
 
     async def reserve(self, request: Request) -> Reservation | None:
-        """Set aside the most that a request can cost; who comes first is served first.
+        """Set aside the most that a request can cost, once there is room for it; None if there will be none."""
+        reservation = await self.room(request)
+        if reservation is not None:
+            self._held += reservation.pico or 0
+            self.in_flight += 1
+        return reservation
 
-        Where it does not fit, this waits for what is in flight, which mostly costs less than was reserved. None if it
-        does not fit with nothing in flight, or the run is stopping.
+    async def room(self, request: Request) -> Reservation | None:
+        """Wait until the most that a request can cost would fit. For one request at a time.
+
+        What is in flight mostly costs less than was reserved. None if it does not fit with nothing in flight, or the
+        run is stopping.
         """
-        async with self._turn:
-            while not self._is_closed:
-                now = self._now = max(self._now, self._clock())  # a clock that is set back begins no day anew
-                most = self.most_pico(request, now)
-                if self._fits(most, now):
-                    self._held += most or 0
-                    self.in_flight += 1
-                    return Reservation(most, now)
-                if self.in_flight == 0:
-                    self.refused_pico = most
-                    return None
-                self._settled.clear()
-                await self._settled.wait()
+        while not self._is_closed:
+            now = self._now = max(self._now, self._clock())  # a clock that is set back begins no day anew
+            most = self.most_pico(request, now)
+            if self._fits(most, now):
+                return Reservation(most, now)
+            if self.in_flight == 0:
+                self.refused_pico = most
+                return None
+            self._settled.clear()
+            await self._settled.wait()
         return None
 
     def settle(self, request: Request, reservation: Reservation, exchange: Exchange) -> Hold:

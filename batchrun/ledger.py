@@ -35,6 +35,7 @@ from batchrun.ledger_view import (
     LedgerView,
     Run,
     digest,
+    everywhere,
     log_of,
     seal,
     storage,
@@ -44,6 +45,7 @@ from batchrun.migrations import create, migrate
 from batchrun.money import to_pico
 from batchrun.records import (
     Action,
+    Asked,
     Exchange,
     Failure,
     Intent,
@@ -253,15 +255,16 @@ class Ledger(LedgerView):
             (run.run, self._invocation),
         )
 
-    def place(self, run: Run, slots: Iterable[Request | RowFault], found: Callable[[], dict[str, Any]]) -> int:
+    def place(self, run: Run, asked: Iterable[Asked], found: Callable[[], dict[str, Any]]) -> int:
         """Take what the input asks for now, and find every group of the run the row that it stands in.
 
         Args:
-            slots: drawn once, in the order of the input; only their keys are kept, on disk and for this call.
-            found: called after the last slot: what the input is known by; kept with the number of rows.
+            asked: drawn once, in the order of the input; only keys are kept, on disk and for this call. Without keys,
+                if there are no groups.
+            found: called after the last row: what the input is known by; kept with the number of rows.
 
         Returns:
-            The number of slots.
+            The number of rows.
         """
         needs_keys = self.has_answers()
         rows = 0
@@ -272,17 +275,23 @@ class Ledger(LedgerView):
         )
         with self._transaction():
             self._db.execute("DELETE FROM row_fault WHERE run = ?", (run.run,))
-            for chunk in _chunks(slots, 1024):
-                rows += len(chunk)
-                faults = [(run.run, *item.slot, item.error) for item in chunk if isinstance(item, RowFault)]
+            for some in asked:
+                rows += some.rows
+                faults = [(run.run, *fault.slot, fault.error) for fault in some.faults]
                 self._db.executemany("INSERT INTO row_fault VALUES (?, ?, ?, ?, ?)", faults)
                 if needs_keys:
-                    keys = [(*item.slot, item.key) for item in chunk if isinstance(item, Request)]
+                    items: list[Request | RowFault] = [*some.requests, *some.faults]
+                    keys = [(*item.slot, item.key) for item in items if item.key is not None]
                     self._db.executemany("INSERT INTO temp.asked VALUES (?, ?, ?, ?)", keys)
             self._db.execute("DELETE FROM moved WHERE run = ?", (run.run,))
             if needs_keys:
                 for statement in _PLACE.format(run=run.run).split(";"):
                     self._db.execute(statement)
+                self._db.execute(
+                    "DELETE FROM row_fault WHERE run = :run AND (row_index, model, sample) IN "
+                    f"(SELECT at, model, sample FROM ({self.standing_sql(run)}) WHERE outcome = 'ok')",
+                    everywhere(run),
+                )
             text = _json({**found(), "rows": rows})
             self._db.execute("UPDATE run SET input = ?, is_written = 0 WHERE run = ?", (text, run.run))
             self._keep_input(run)
@@ -614,17 +623,6 @@ def _outcome(
         _microseconds(exchange.latency_seconds or None), _microseconds(exchange.first_token_seconds),
         int(exchange.streamed), ",".join(exchange.flags) or None, held_pico, settled_after,
     )  # fmt: skip
-
-
-def _chunks(items: Iterable[Request | RowFault], size: int) -> Iterator[list[Request | RowFault]]:
-    chunk = []
-    for item in items:
-        chunk.append(item)
-        if len(chunk) >= size:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
 
 
 def _json(value: Any) -> str:

@@ -20,7 +20,7 @@ from batchrun.ledger import Ledger
 from batchrun.ledger_view import LedgerView, Run, SlotState
 from batchrun.providers import Endpoint, resolve
 from batchrun.rates import prompt_tokens
-from batchrun.records import Request, RowFault, Slot
+from batchrun.records import Asked, Request, RowFault, Slot
 from batchrun.sink import check_schema
 from batchrun.source import Batch, Source
 from batchrun.template import NotRenderedError, Template
@@ -104,32 +104,51 @@ class Plan:
             raise JobError(f"output: {path} is {other or 'part of the input'} too: name another file")
         return path
 
-    def requests(self, *, keyed: bool = True) -> Iterator[Request | RowFault]:
-        """Every slot of the input, in order.
+    def asked(self, *, keyed: bool = True) -> Iterator[Asked]:
+        """What the input asks for, batch by batch, in order.
 
         Args:
-            keyed: False leaves the keys empty.
+            keyed: False leaves the requests out: what they are is of no interest, but only whether there are any.
 
         Raises:
             JobError: the column `input.id` holds a value twice.
         """
-        name = self.job.input.id
-        unique = UniqueValues() if name is not None else None
-        columns = self.template.columns if name is None else [*self.template.columns, name]
+        unique = UniqueValues()
         # All columns are read: one that cannot be must be found before anything is paid for.
         for batch in self.source.batches():
-            for row_index, row in enumerate(_plain_rows(batch, columns), batch.start):
-                if unique is not None and name is not None:
-                    earlier = unique.add(row_index, row[name])
-                    if earlier is not None:
-                        raise JobError(
-                            f"input.id: the value {row[name]!r} of the column {name!r} stands twice: in the rows "
-                            f"{earlier + 1} and {row_index + 1} of {self.source.file_names}"
-                        )
-                request = self._request(row_index, row, keyed=keyed)
-                if isinstance(request, Request):
-                    self._note_bounds(request)
-                yield request
+            if self.job.input.id is not None:
+                self._refuse_twice(batch, self.job.input.id, unique)
+            if not keyed and self._is_alike(batch):
+                yield Asked(batch.rows.num_rows)
+            else:
+                yield self._looked_at(batch, keyed=keyed)
+
+    def _is_alike(self, batch: Batch) -> bool:
+        """True if each of the rows gives a request as surely as the first."""
+        if self.job.tokens_per_minute is not None or not self.template.never_fails(batch.rows):
+            return False
+        return not self._looked_at(Batch(batch.start, batch.rows.slice(0, 1)), keyed=False).faults
+
+    def _looked_at(self, batch: Batch, *, keyed: bool) -> Asked:
+        """What rows ask for, one by one."""
+        requests, faults = [], []
+        for row_index, row in enumerate(_plain_rows(batch, self.template.columns), batch.start):
+            request = self._request(row_index, row, keyed=keyed)
+            if isinstance(request, RowFault):
+                faults.append(request)
+            else:
+                self._note_bounds(request)
+                requests.append(request)
+        return Asked(batch.rows.num_rows, requests if keyed else (), faults)
+
+    def _refuse_twice(self, batch: Batch, name: str, unique: UniqueValues) -> None:
+        for row_index, row in enumerate(_plain_rows(batch, [name]), batch.start):
+            earlier = unique.add(row_index, row[name])
+            if earlier is not None:
+                raise JobError(
+                    f"input.id: the value {row[name]!r} of the column {name!r} stands twice: in the rows "
+                    f"{earlier + 1} and {row_index + 1} of {self.source.file_names}"
+                )
 
     def _note_bounds(self, request: Request) -> None:
         if request.most_completion_tokens is None and self.unbounded_row is None:
@@ -186,7 +205,8 @@ class Plan:
             return RowFault(slot, str(exc))
         most = self.job.tokens_per_minute
         if most is not None and (tokens := prompt_tokens(request)) > most:
-            return RowFault(slot, f"the prompt has about {tokens} tokens, and tokens_per_minute lets {most} through")
+            error = f"the prompt has about {tokens} tokens, and tokens_per_minute lets {most} through"
+            return RowFault(slot, error, request.key)
         return request
 
     def _refuse_collisions(self) -> None:
@@ -260,4 +280,4 @@ def place(plan: Plan, ledger: Ledger, run: Run) -> int:
     def known() -> dict[str, Any]:
         return {**found, "bounds": [plan.unbounded_row, plan.outside_row], **plan.source.knowledge()}
 
-    return ledger.place(run, plan.requests(keyed=ledger.has_answers()), known)
+    return ledger.place(run, plan.asked(keyed=ledger.has_answers()), known)

@@ -32,29 +32,33 @@ class Rates:
     def __init__(self, requests: int | None, tokens: int | None) -> None:
         self._requests = _limiter(requests) if requests is not None else None
         self._tokens = _limiter(tokens) if tokens is not None else None
-        self._turn = asyncio.Lock()
         self._waiting: asyncio.Task[None] | None = None
         self._is_stopped = False
         self._owed = 0.0
         """Tokens that were used and not waited for; below zero, those that were waited for and not used."""
         self._sent_bytes = self._prompt_tokens = self._completion_tokens = self._answers = 0
 
+    @property
+    def is_bounded(self) -> bool:
+        """True if there is any limit."""
+        return self._requests is not None or self._tokens is not None
+
     async def enter(self, request: Request) -> float:
-        """Wait until a request may be sent; the tokens that were waited for. At once when the run is stopping."""
-        if self._requests is None and self._tokens is None:
+        """Wait until a request may be sent; the tokens that were waited for. At once when the run is stopping.
+
+        For one request at a time.
+        """
+        if self._requests is not None:
+            await self._take(self._requests, 1)
+        if self._tokens is None:
             return 0.0
         expected = self._expected(request)
-        # One at a time: a long prompt must not see short ones pass by for ever.
-        async with self._turn:
-            if self._requests is not None:
-                await self._take(self._requests, 1)
-            if self._tokens is not None:
-                needed = max(0.0, expected + self._owed)
-                self._owed += expected - needed
-                while needed > 0 and not self._is_stopped:
-                    piece = min(needed, self._tokens.max_rate)
-                    await self._take(self._tokens, piece)
-                    needed -= piece
+        needed = max(0.0, expected + self._owed)
+        self._owed += expected - needed
+        while needed > 0 and not self._is_stopped:
+            piece = min(needed, self._tokens.max_rate)
+            await self._take(self._tokens, piece)
+            needed -= piece
         return expected
 
     def settle(self, request: Request, waited_for: float, exchange: Exchange) -> None:

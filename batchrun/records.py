@@ -164,10 +164,21 @@ class Settlement(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class RowFault:
-    """A row that gives no request: it is failed, and costs nothing."""
+    """A row that cannot be asked: it is failed, and costs nothing."""
 
     slot: Slot
     error: str
+    key: str | None = None
+    """Of its request, where it gives one: an answer that it had before stays."""
+
+
+class Asked(NamedTuple):
+    """What some consecutive rows of the input ask for."""
+
+    rows: int
+    requests: Sequence[Request] = ()
+    """Those of all rows but the faulty; none where their keys are not needed."""
+    faults: Sequence[RowFault] = ()
 
 
 class StandingAttempt(NamedTuple):

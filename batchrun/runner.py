@@ -123,6 +123,7 @@ class Runner:
         self._pacing = Pacing(concurrency, clock, longest_pause=max_seconds)
         self._journal = _Journal(ledger, run, self._fail, gap=_DURABLE_GAP if budget.is_durable else 0.0)
         self._health = _Health(max_attempts, max_seconds, clock())
+        self._turn = asyncio.Lock()
         self._waiting: list[_Work] = []
         self._order = itertools.count()
         self._is_exhausted = False
@@ -215,10 +216,13 @@ class Runner:
     async def _attempt(self, work: _Work) -> None:
         await self._pacing.enter()
         try:
-            waited_for = await self._rates.enter(work.request)
-            if self._stopping.is_set():
-                return
-            reservation = await self._budget.reserve(work.request)
+            # One after the other: neither a long prompt nor a dear one must see others pass by for ever.
+            async with self._turn:
+                if self._rates.is_bounded:
+                    # A permit that waits for money would be used beside those of another minute.
+                    await self._budget.room(work.request)
+                waited_for = await self._rates.enter(work.request)
+                reservation = await self._budget.reserve(work.request)
             if self._stopping.is_set():
                 return
             if reservation is None:

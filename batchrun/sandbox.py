@@ -15,6 +15,7 @@ from collections.abc import (
     Iterator,
     KeysView,
     Mapping,
+    Sequence,
     ValuesView,
 )
 from datetime import date, datetime, time, timedelta, tzinfo
@@ -35,7 +36,8 @@ _MOST_ITEMS = 1_000_000
 _MOST_BITS = 10_000
 _MOST_NUMBER = 10_000
 """For widths, counts and places."""
-_MOST_OUTPUT = 100_000_000
+MOST_OUTPUT = 100_000_000
+"""Characters that a row's templates may write together."""
 _PRINTF_WIDTH = re.compile(r"%(?:\([^)]*\))?[-+ #0]*(?:\d{0,3}\.)?(?:\*|\d{4,})")
 _BRACE_WIDTH = re.compile(r"\{[^{}]*:[^{}]*\d{4,}")
 _PLAIN = (str, int, float, bool, Decimal, date, datetime, time, timedelta, bytes, UUID, range, tzinfo)
@@ -131,8 +133,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         tree, names = self._prepare(text)
         return self._filling_of(tree) or self.from_string(tree).render, names
 
-    def _filling_of(self, tree: nodes.Template) -> Callable[[Mapping[str, Any]], str] | None:
-        """What a template of nothing but text and names does, without the machinery that Jinja needs for more."""
+    def _filling_of(self, tree: nodes.Template) -> Filling | None:
         parts: list[tuple[bool, str]] = []
         for output in tree.body:
             for node in output.nodes if isinstance(output, nodes.Output) else [output]:
@@ -142,25 +143,12 @@ class Sandbox(ImmutableSandboxedEnvironment):
                     parts.append((True, node.name))
                 else:
                     return None
-
-        def fill(row: Mapping[str, Any]) -> str:
-            texts = []
-            for is_name, text in parts:
-                if is_name:
-                    if text not in row:
-                        raise UndefinedError(f"{text!r} is undefined")
-                    value = row[text]
-                    self._count(value)
-                    text = str(_text(value))
-                texts.append(text)
-            return "".join(texts)
-
-        return fill
+        return Filling(parts, self._count)
 
     def _count(self, value: Any) -> None:
         """Something is written."""
         self.written += len(value) if isinstance(value, (str, bytes, list, dict, tuple)) else 1
-        _check_size(self.written, _MOST_OUTPUT)
+        _check_size(self.written, MOST_OUTPUT)
 
     def value_of(self, text: str) -> Callable[[Mapping[str, Any]], Any] | None:
         """A function row → value, for a text that is one expression and nothing else; else None."""
@@ -192,7 +180,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
             case "**":
                 _check_power(left, right)
             case "+" if isinstance(left, str) and isinstance(right, str):
-                _check_size(len(left) + len(right), _MOST_OUTPUT)
+                _check_size(len(left) + len(right), MOST_OUTPUT)
             case "+" if isinstance(left, (list, tuple)) and isinstance(right, (list, tuple)):
                 self.step(len(left) + len(right))
             case "%" if isinstance(left, str):
@@ -206,6 +194,36 @@ class Sandbox(ImmutableSandboxedEnvironment):
         for item in items:
             self.step()
             yield item
+
+
+class Filling:
+    """What a template of nothing but text and names does, without the machinery that Jinja needs for more.
+
+    Attributes:
+        names: those that it takes from the row, each as often as it stands there.
+        text: the rest of it.
+
+    Args:
+        parts: in order, each a name or a text.
+        count: called with every value.
+    """
+
+    def __init__(self, parts: Sequence[tuple[bool, str]], count: Callable[[Any], None]) -> None:
+        self._texts = [part for _, part in parts]
+        self._names = [(place, part) for place, (is_name, part) in enumerate(parts) if is_name]
+        self._count = count
+        self.names = [name for _, name in self._names]
+        self.text = "".join(part for is_name, part in parts if not is_name)
+
+    def __call__(self, row: Mapping[str, Any]) -> str:
+        texts = self._texts.copy()
+        for place, name in self._names:
+            if name not in row:
+                raise UndefinedError(f"{name!r} is undefined")
+            value = row[name]
+            self._count(value)
+            texts[place] = value if type(value) is str else str(_text(value))
+        return "".join(texts)
 
 
 _COUNTED = "batchrun counted"
@@ -260,14 +278,14 @@ def _check_plain(value: Any) -> None:
 def _joined(parts: list[Any]) -> str:
     """What stands between `~`."""
     texts = [str(_text(part)) for part in parts]
-    _check_size(sum(map(len, texts)), _MOST_OUTPUT)
+    _check_size(sum(map(len, texts)), MOST_OUTPUT)
     return "".join(texts)
 
 
 def _checked(value: Any) -> Any:
     """A result, before it is used again: what doubles with each turn is stopped in time."""
     if isinstance(value, (str, bytes)):
-        _check_size(len(value), _MOST_OUTPUT)
+        _check_size(len(value), MOST_OUTPUT)
     return value
 
 

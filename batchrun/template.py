@@ -10,6 +10,7 @@ from hashlib import blake2b
 from typing import Any, NamedTuple
 from uuid import UUID
 
+import pyarrow as pa
 from jinja2 import TemplateError, Undefined
 from jinja2.exceptions import SecurityError, TemplateSyntaxError, UndefinedError
 
@@ -18,7 +19,7 @@ from batchrun.form import Form, filled, has_holes, text_hole, value_hole
 from batchrun.job import Job, PromptSetting
 from batchrun.providers import Endpoint
 from batchrun.records import Request, Slot
-from batchrun.sandbox import NullError, Sandbox
+from batchrun.sandbox import MOST_OUTPUT, Filling, NullError, Sandbox
 from batchrun.wire import inline_media, is_self_contained, most_completion_tokens, request_body, stream_fields
 
 
@@ -51,6 +52,11 @@ class _Requests:
             has_holes(value) for name, value in body.items() if name not in ("messages", "system")
         )
         self._shape = _shape_of(body) if is_fixed else None
+
+    @property
+    def is_alike(self) -> bool:
+        """True if what bounds the cost is the same in every row."""
+        return self._shape is not None
 
     def request(self, slot: Slot, values: Sequence[Any], *, keyed: bool) -> Request:
         """The request of a row.
@@ -90,6 +96,8 @@ class Template:
         self._model = model
         self._renders: list[_Renderer] = []
         """What gives the values for the holes in the messages and parameters."""
+        self._fillings: list[Filling] = []
+        """Those of them that are nothing but text and columns."""
         prompt = job.prompt or _default_prompt(columns)
         self._messages_column = prompt.messages_column
         self._messages: list[dict[str, Any]] = []
@@ -137,6 +145,26 @@ class Template:
         # Where the roles come from the row, so does the form of the request.
         requests = self._requests(self._conversation(row, values))
         return requests.request(Slot(row_index, self._model), values, keyed=keyed)
+
+    def never_fails(self, rows: pa.RecordBatch) -> bool:
+        """True if each of these rows surely gives a request, all of one shape.
+
+        It is seen from whole columns. False means that the rows must be looked at one by one.
+        """
+        if self._compiled is None or not self._compiled.is_alike or len(self._fillings) < len(self._renders):
+            return False
+        names = {name for filling in self._fillings for name in filling.names}
+        columns = {name: rows.column(name) for name in names}
+        written = sum(columns[name].nbytes for filling in self._fillings for name in filling.names)
+        if written > MOST_OUTPUT or not all(map(_always_has_text, columns.values())):
+            return False
+        shown = {name for name in names if not _has_blank(columns[name])}
+        try:
+            _refuse_blank(self._asked, [filling.text + "x" * (not shown.isdisjoint(filling.names))
+                                        for filling in self._fillings])  # fmt: skip
+        except NotRenderedError:
+            return False
+        return True
 
     def messages(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
         """The rendered conversation of a row."""
@@ -206,8 +234,27 @@ class Template:
         if expression is not None:
             self._renders.append(lambda row: _typed(expression(_named(row, has_row))))
             return value_hole(number)
-        self._renders.append(lambda row: render(_named(row, has_row)))
+        if isinstance(render, Filling) and names <= self._used:
+            self._fillings.append(render)
+            self._renders.append(render)
+        else:
+            self._renders.append(lambda row: render(_named(row, has_row)))
         return text_hole(number)
+
+
+def _always_has_text(column: pa.Array) -> bool:
+    kind = column.type
+    if column.null_count or not any(is_it(kind) for is_it in (pa.types.is_string, pa.types.is_integer)):
+        return False
+    try:
+        column.validate(full=True)  # a file may hold bytes as text that are none
+    except pa.ArrowInvalid:
+        return False
+    return True
+
+
+def _has_blank(column: pa.Array) -> bool:
+    return pa.types.is_string(column.type) and not all(map(str.strip, column.to_pylist()))
 
 
 def _shape_of(body: Mapping[str, Any]) -> _Shape:

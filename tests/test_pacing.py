@@ -12,7 +12,7 @@ from batchrun.ledger import Ledger
 from batchrun.pacing import Pacing
 from batchrun.prices import Pricing
 from batchrun.rates import Rates
-from batchrun.records import Action, Answer, Exchange, Failure, Intent, Request, Slot
+from batchrun.records import Action, Answer, Asked, Exchange, Failure, Intent, Request, Slot
 from batchrun.retry import Retries
 from batchrun.runner import Runner, Stop, _Health
 
@@ -189,7 +189,7 @@ def test_two_signals_at_once_are_no_bug(tmp_path: Path) -> None:
     run = ledger.current_run()
     ledger.begin_invocation(run, job={}, endpoint="e")
     requests = [Request(Slot(index, "m"), f"k{index}", b"") for index in range(2)]
-    ledger.place(run, requests, dict)
+    ledger.place(run, [Asked(len(requests), requests)], dict)
 
     class Never:
         async def send(self, intent: Intent) -> Exchange:

@@ -8,16 +8,18 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from decimal import Decimal
 from pathlib import Path
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchrun.budget import Budget
+from batchrun.budget import Budget, Cap
 from batchrun.ledger import Ledger
-from batchrun.prices import Pricing
+from batchrun.money import Cost, to_pico
+from batchrun.prices import Price, Pricing
 from batchrun.rates import Rates
-from batchrun.records import Answer, Exchange, Intent, Request, Slot
+from batchrun.records import Answer, Asked, Exchange, Intent, Request, Slot
 from batchrun.runner import Runner
 from batchrun.usage import Usage
 
@@ -25,6 +27,7 @@ from .conftest import FakeProvider, Workspace
 from .virtual import VirtualLoop
 
 Provide = Callable[..., FakeProvider]
+CHEAP = Cost(Decimal("0.0001"), "reported")
 
 
 class Server:
@@ -42,21 +45,23 @@ class Server:
         self.asked.append((loop.time(), prompt + self._completion, intent.request.slot.row_index))
         await asyncio.sleep(self._latency)
         usage = Usage(prompt, self._completion, prompt + self._completion)
-        return Exchange("ok", status=200, body=b"{}", answer=Answer("x", "stop"), usage=usage)
+        return Exchange("ok", status=200, body=b"{}", answer=Answer("x", "stop"), usage=usage, cost=CHEAP)
 
-    def most_in_a_minute(self, weight: Callable[[int], int], after: float = 0.0) -> int:
+    def most_in_a_minute(self, weight: Callable[[int], int], after: float = 0.0, minute: float = 60.0) -> int:
         """Requests, or tokens, in the minute that had most of them."""
         most = held = first = 0
         for at, tokens, _ in self.asked:
             held += weight(tokens)
-            while at - self.asked[first][0] >= 60 - 1e-6:
+            while at - self.asked[first][0] >= minute - 1e-6:
                 held -= weight(self.asked[first][1])
                 first += 1
             most = max(most, held if at >= after else 0)
         return most
 
 
-def play(folder: Path, server: Server, rates: Rates, sizes: Sequence[int], concurrency: int) -> float:
+def play(
+    folder: Path, server: Server, rates: Rates, sizes: Sequence[int], concurrency: int, budget: Budget | None = None
+) -> float:
     """Send requests of so many bytes; how long it took, by the virtual clock."""
     path = folder / "ledger.sqlite"
     for old in folder.glob("ledger.sqlite*"):
@@ -68,13 +73,13 @@ def play(folder: Path, server: Server, rates: Rates, sizes: Sequence[int], concu
         Request(Slot(index, "m"), f"k{index}", b"x" * size, most_completion_tokens=200)
         for index, size in enumerate(sizes)
     ]
-    ledger.place(run, requests, dict)
+    ledger.place(run, [Asked(len(requests), requests)], dict)
     loop = VirtualLoop()
 
     async def drive() -> None:
         runner = Runner(
-            ledger, run, server, iter(requests), Budget(Pricing()), rates, concurrency=concurrency, max_attempts=6,
-            max_seconds=900, stop_seconds=60, clock=loop.time,
+            ledger, run, server, iter(requests), budget or Budget(Pricing()), rates, concurrency=concurrency,
+            max_attempts=6, max_seconds=900, stop_seconds=60, clock=loop.time,
         )  # fmt: skip
         assert await runner.run() is None
 
@@ -123,6 +128,17 @@ def test_a_long_prompt_is_not_passed_by_for_ever(quick_path: Path) -> None:
     assert order.index(20) <= 28
 
 
+def test_rows_that_wait_for_money_do_not_come_all_at_once(quick_path: Path) -> None:
+    pricing = Pricing.fixed("job", Price(Decimal(1), Decimal(0)))  # a dollar for a million bytes
+    server = Server(90.0, 10)
+    # As long as the first is under way, there is no money for any other.
+    budget = Budget(pricing, cap=Cap(to_pico(Decimal(1)), "run"))
+    play(quick_path, server, Rates(60, None), [999_000] + [3_000] * 200, 300, budget)
+    assert server.asked[1][0] >= 90
+    # Between its permit and its sending a request waits for the disk, some for longer than others.
+    assert server.most_in_a_minute(lambda tokens: 1, minute=59.95) <= 60
+
+
 def test_the_rates_of_a_job_are_kept(work: Workspace, provide: Provide) -> None:
     provider = provide(bill="mix")
     work.write_rows([f"row {index}" for index in range(50)])
@@ -148,6 +164,23 @@ def test_a_prompt_that_no_minute_has_room_for_fails_before_anything_is_sent_for_
     work.write_job(provider.base_url, tokens_per_minute=100_000)
     assert work.run("--retry-failed").code == 0
     assert len(provider.requests) == 3
+
+
+def test_an_answer_that_is_there_stays_where_a_lower_rate_would_not_ask_for_it(
+    work: Workspace, provide: Provide
+) -> None:
+    provider = provide(refuse_after=2)
+    work.write_rows(["long " * 8000, "short", "short too", "longer " * 8000])
+    work.write_job(provider.base_url, concurrency=1)
+    assert work.run().code == 4
+    assert [row["status"] for row in work.rows()][:2] == ["ok", "ok"]
+    # The row is there, and answered; it is only that nobody would ask it now.
+    work.write_job(provider.base_url, concurrency=1, tokens_per_minute=9000)
+    result = work.run("--json")
+    assert (result.code, result.json["ok"], result.json["failed"], result.json["unplaced"]) == (4, 2, 1, 0)
+    assert [row["status"] for row in work.rows()] == ["ok", "ok", "pending", "failed"]
+    assert result.json["usd_spent"] == provider.bill
+    assert work.batchrun("verify", "job.yaml").code == 0
 
 
 def test_a_signal_ends_the_wait_for_the_next_minute(work: Workspace, provide: Provide) -> None:

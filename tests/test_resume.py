@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from batchrun import accounts
 from batchrun.ledger import Ledger
 from batchrun.money import Cost, from_pico
-from batchrun.records import Action, Exchange, Failure, Request, Reservation, Settlement, Slot, now_us
+from batchrun.records import Action, Asked, Exchange, Failure, Request, Reservation, Settlement, Slot, now_us
 
 from .conftest import FakeProvider, Workspace, spent
 
@@ -213,6 +213,10 @@ def test_another_jobs_ledger_is_refused_and_adopted(work: Workspace, provide: Pr
 # --- the law of placement -------------------------------------------------------------------------------------
 
 
+def _asked(keys: list[str]) -> list[Asked]:
+    return [Asked(len(keys), [Request(Slot(index, "m"), key, b"") for index, key in enumerate(keys)])]
+
+
 @settings(max_examples=60)
 @given(
     before=st.lists(st.sampled_from("abcdef"), max_size=12),
@@ -226,7 +230,7 @@ def test_every_answer_finds_a_row_that_asks_for_it_or_is_unplaced(
     ledger = Ledger.open(folder / "l.sqlite", job_name="j", job_path=folder / "j.yaml")
     run = ledger.current_run()
     ledger.begin_invocation(run, job={}, endpoint="e")
-    ledger.place(run, [Request(Slot(index, "m"), key, b"") for index, key in enumerate(before)], dict)
+    ledger.place(run, _asked(before), dict)
     for (index, key), outcome in zip(enumerate(before), outcomes, strict=False):
         if outcome == "none":
             continue
@@ -237,7 +241,7 @@ def test_every_answer_finds_a_row_that_asks_for_it_or_is_unplaced(
             "ok" if outcome == "ok" else "failed", body=key.encode(), failure=failure, cost=Cost(Decimal(1), "reported")
         )
         ledger.commit(run, [Settlement(intent, exchange, now_us(), outcome in ("ok", "failed"))], [])
-    ledger.place(run, [Request(Slot(index, "m"), key, b"") for index, key in enumerate(after)], dict)
+    ledger.place(run, _asked(after), dict)
     standing = list(ledger.standing(run, 0, len(after)))
     for attempt in standing:
         assert attempt.key == after[attempt.slot.row_index]
@@ -252,7 +256,7 @@ def test_every_answer_finds_a_row_that_asks_for_it_or_is_unplaced(
     assert totals.unplaced == sum((had - asked).values())
     assert totals.usd == totals.unplaced_usd + from_pico(sum(attempt.usd_pico or 0 for attempt in standing))
     # And back again: the same input, the same places.
-    ledger.place(run, [Request(Slot(index, "m"), key, b"") for index, key in enumerate(before)], dict)
+    ledger.place(run, _asked(before), dict)
     assert accounts.totals(ledger, run).unplaced == 0
     ledger.close()
 

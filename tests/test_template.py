@@ -8,7 +8,10 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from batchrun.errors import JobError
 from batchrun.job import Job
@@ -132,6 +135,43 @@ def test_a_key_covers_what_changes_the_answer_and_nothing_else() -> None:
 def test_a_request_without_its_key_is_the_same_request() -> None:
     made = template(parameters={"max_tokens": "{{ n }}"})
     assert made.request(3, ROW, keyed=False) == made.request(3, ROW)._replace(key="")
+
+
+TEXTS = st.one_of(st.none(), st.text(alphabet=st.sampled_from("a \n\x1c\u3000é{}"), max_size=4))
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    prompt=st.sampled_from([
+        "{{ review }}", " {{ n }}", "Review: {{ review }}", "{{ review }} {{ n }}", "{{ review or 'x' }}", " ",
+        "{{ row }}", "{{ review }}{{ review }}", {"system": "s {{ review }}", "user": "{{ n }}"},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "{{ review }}"}]}]},
+        {"messages_column": "messages"},
+    ]),
+    parameters=st.sampled_from([{}, {"max_tokens": 5}, {"max_tokens": "{{ n }}"}, {"stop": "{{ review }}"}]),
+    values=st.lists(st.tuples(TEXTS, st.one_of(st.none(), st.integers(0, 3))), min_size=1, max_size=4),
+    whole=st.booleans(),
+)  # fmt: skip
+def test_rows_that_never_fail_never_fail(prompt: Any, parameters: Any, values: list[Any], whole: bool) -> None:
+    made = template(prompt=prompt, parameters=parameters)
+    numbers: Any = [n for _, n in values] if whole else [float(n) if n is not None else None for _, n in values]
+    columns: dict[str, Any] = {"review": [text for text, _ in values], "n": numbers}
+    columns |= {"my column": ["x"] * len(values), "messages": [None] * len(values)}
+    rows = pa.RecordBatch.from_pydict(columns)
+    if not made.never_fails(rows):
+        # It may know less than there is to know, but not of the most usual job.
+        assert prompt != "Review: {{ review }}" or parameters.keys() - {"max_tokens"} or None in columns["review"] or (
+            parameters == {"max_tokens": "{{ n }}"}
+        )  # fmt: skip
+        return
+    bounds = {made.request(index, row, keyed=False)[4:] for index, row in enumerate(rows.to_pylist())}
+    assert len(bounds) == 1
+
+
+def test_text_that_is_none_is_looked_at_closely() -> None:
+    raw = pa.array([b"\xff", b"b"], pa.binary())
+    rows = pa.RecordBatch.from_arrays([raw.view(pa.string())], names=["review"])
+    assert not template().never_fails(rows)
 
 
 def test_what_json_cannot_carry_fails_its_row_or_the_job() -> None:
