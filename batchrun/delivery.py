@@ -101,7 +101,9 @@ class EarlyOutput:
             self._is_begun = True
 
     def finish(self, summary: Summary) -> bool:
-        """The run is over: end the file. False if there is none: what went wrong on the way may go right now.
+        """The run is over: end the file. False if there is none, or it is not wanted any more.
+
+        What went wrong on the way may go right now.
 
         Raises:
             BrokenPromiseError: its rows do not add up to the ledger.
@@ -110,7 +112,7 @@ class EarlyOutput:
         self._end()
         if isinstance(self._error, BrokenPromiseError):
             raise self._error
-        return self._is_begun and self._error is None
+        return self._is_begun and self._error is None and not self._is_given_up
 
     def give_up(self) -> None:
         """What was begun and not finished is not wanted; it leaves no trace."""

@@ -342,7 +342,7 @@ def _finish(context: _Context, rows: int, ended: _Ended, early: EarlyOutput) -> 
         output = plan.output_path(current)
         if is_changed:
             early.give_up()
-        if is_changed or not early.finish(summary):
+        if not early.finish(summary):
             write_output(plan, ledger, current, output, lambda: summary)
         ledger.note_output(current)
         summary = replace(summary, output=str(output))

@@ -55,6 +55,11 @@ class Failure:
     retry_after: float | None = None
     request_id: str | None = None
 
+    @property
+    def is_providers_fault(self) -> bool:
+        """True if the provider asks for fewer requests, or was not reached: any row would have met the same."""
+        return self.action is Action.PACE or self.kind == "connect"
+
     def __str__(self) -> str:
         named = f"{self.kind} ({self.code})" if self.code else self.kind
         asked = f" [request {self.request_id}]" if self.request_id else ""

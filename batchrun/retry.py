@@ -13,7 +13,7 @@ from tenacity import DoSleep, RetryCallState, Retrying, retry_if_result
 from tenacity.stop import stop_base
 from tenacity.wait import wait_base, wait_random_exponential
 
-from batchrun.records import Action, Exchange, Failure
+from batchrun.records import Action, Exchange
 
 _FIRST_BACKOFF = 0.5
 _LONGEST_BACKOFF = 60.0
@@ -50,7 +50,8 @@ class Retries:
 
     def wait(self, state: RetryCallState, exchange: Exchange) -> float | None:
         """Seconds to wait before the row's next attempt; None if it is not to be tried again."""
-        if not counts_as_attempt(exchange):
+        if exchange.failure is not None and exchange.failure.is_providers_fault:
+            # It says nothing about the row.
             state.paced += 1  # type: ignore[attr-defined]
         state.set_result(exchange)
         action: Any = self._policy.iter(retry_state=state)
@@ -58,16 +59,6 @@ class Retries:
             return None
         state.prepare_for_next_attempt()
         return float(action)
-
-
-def counts_as_attempt(exchange: Exchange) -> bool:
-    """False for what says nothing about the row."""
-    return exchange.failure is None or not is_providers_fault(exchange.failure)
-
-
-def is_providers_fault(failure: Failure) -> bool:
-    """True for a provider that asks for fewer requests, or that was not reached: any row would have met the same."""
-    return failure.action is Action.PACE or failure.kind == "connect"
 
 
 def _asks_for_retry(exchange: Exchange) -> bool:

@@ -15,7 +15,8 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
-from typing import Any, Protocol
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Protocol
 
 from batchrun.budget import Budget
 from batchrun.errors import BatchrunError, BrokenPromiseError, ExitCode, InputError, Promise, StorageError
@@ -25,7 +26,9 @@ from batchrun.money import NOT_BILLED, from_pico, usd_text
 from batchrun.pacing import Pacing
 from batchrun.rates import Rates
 from batchrun.records import Action, Exchange, Failure, Intent, Request, Reservation, Settlement, Slot, now_us
-from batchrun.retry import Retries, is_providers_fault
+
+if TYPE_CHECKING:
+    from batchrun.retry import Retries
 
 _WAITING_PER_SLOT = 4
 _RAMP_SECONDS = 0.3
@@ -119,7 +122,8 @@ class Runner:
         self._on_settled = on_settled
         self._on_drained = on_drained
         self._clock = clock
-        self._retries = Retries(max_attempts, max_seconds, clock)
+        self._max_attempts = max_attempts
+        self._max_seconds = max_seconds
         self._pacing = Pacing(concurrency, clock, longest_pause=max_seconds)
         self._journal = _Journal(ledger, run, self._fail, gap=_DURABLE_GAP if budget.is_durable else 0.0)
         self._health = _Health(max_attempts, max_seconds, clock())
@@ -168,6 +172,13 @@ class Runner:
             return next(self._requests, None) is not None
         except InputError:
             return True  # the input has changed since; whoever reads it next will say so
+
+    @cached_property
+    def _retries(self) -> Retries:
+        # Most runs never need it.
+        from batchrun.retry import Retries
+
+        return Retries(self._max_attempts, self._max_seconds, self._clock)
 
     @property
     def in_flight(self) -> int:
@@ -304,7 +315,7 @@ class Runner:
                     work.due, work.order = self._clock() + wait, next(self._order)
                     heapq.heappush(self._waiting, work)
                     return False, None
-                if is_providers_fault(failure) and not self._health.has_answered_since(work.started):
+                if failure.is_providers_fault and not self._health.has_answered_since(work.started):
                     work.walls += 1
                     is_alone = work.walls >= _WALLS and self._budget.in_flight == 0
                     if is_alone or self._health.note_wall(work.request) >= _WALLS:

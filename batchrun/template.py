@@ -178,11 +178,16 @@ class Template:
             raise NotRenderedError(f"it cannot be sent as JSON: {exc}") from None
 
     def _conversation(self, row: Mapping[str, Any], values: Sequence[Any]) -> list[dict[str, Any]]:
-        if self._messages_column is not None:
-            messages = _conversation(row.get(self._messages_column), self._messages_column)
-        else:
+        messages: list[dict[str, Any]]
+        if self._messages_column is None:
             messages = filled(self._messages, values)
-        _refuse_blank(_asked(messages), values)
+            _refuse_blank(_asked(messages), values)
+            return messages
+        try:
+            messages = _conversation(row.get(self._messages_column), self._messages_column)
+            _refuse_blank(_asked(messages), values)
+        except RecursionError:
+            raise NotRenderedError(f"the column {self._messages_column} is nested too deeply") from None
         return messages
 
     def _values(self, row: Mapping[str, Any]) -> list[Any]:

@@ -155,6 +155,7 @@ class AnswerReader:
         self._unread_bytes = 0
         self._end = b""
         """The last bytes that came, in which the end may have begun."""
+        self._counts = counts
         self._merged = _Merged(counts)
         self.is_done = False
         """True once `[DONE]` has come: nothing after it counts."""
@@ -336,6 +337,8 @@ class AnswerReader:
 
     def _reported(self) -> tuple[Decimal | None, str | None, Decimal | None, bool]:
         """Dollars, their source, credits, and whether the two disagree."""
+        if not self._counts:
+            return None, None, None, False
         usd, source, credits_used, disagree = _reported(self._merged.meta, self._headers)
         if usd is None:
             cost = self._merged.cost if self._cost_in_usage else None

@@ -7,12 +7,13 @@ import json
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import cache
@@ -105,6 +106,18 @@ class Workspace:
     @property
     def ledger(self) -> Path:
         return self.folder / "job.ledger.sqlite"
+
+    @property
+    def in_flight(self) -> int:
+        """Attempts that the ledger holds without an outcome."""
+        if not self.ledger.exists():
+            return 0
+        with closing(sqlite3.connect(f"file:{self.ledger}?mode=ro", uri=True)) as db:
+            try:
+                number: int = db.execute("SELECT count(*) FROM attempt WHERE outcome IS NULL").fetchone()[0]
+            except sqlite3.OperationalError:
+                return 0
+        return number
 
     def write_job(self, base_url: str = "http://127.0.0.1:9/v1", **keys: Any) -> None:
         """A job against a server; keys replace the defaults, None removes one. JSON is YAML."""

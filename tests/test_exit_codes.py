@@ -248,7 +248,7 @@ def test_130_a_second_signal_stops_at_once_and_the_ledger_tells_the_truth(work: 
     work.write_rows([f"q{number}" for number in range(20)])
     work.write_job(provider.base_url, concurrency=4)
     with work.start("job.yaml", "--json") as process:
-        time.sleep(2.5)
+        _wait_for(lambda: work.in_flight == 4)
         began = time.monotonic()
         process.send_signal(signal.SIGINT)
         time.sleep(0.3)

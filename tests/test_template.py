@@ -132,6 +132,17 @@ def test_a_key_covers_what_changes_the_answer_and_nothing_else() -> None:
     assert len({base, *others}) == len(others) + 1
 
 
+@pytest.mark.parametrize("depth", [300, 900, 5000])
+def test_a_message_nested_deeply_fails_its_row_alone(depth: int) -> None:
+    content = '[{"type": "text", "text": "x", "more": ' + "[" * depth + "]" * depth + "}]"
+    row = {**ROW, "messages": f'[{{"role": "user", "content": {content}}}]'}
+    made = template(prompt={"messages_column": "messages"})
+    try:
+        assert made.request(0, row).body
+    except NotRenderedError as exc:
+        assert depth > 300, exc
+
+
 def test_a_request_without_its_key_is_the_same_request() -> None:
     made = template(parameters={"max_tokens": "{{ n }}"})
     assert made.request(3, ROW, keyed=False) == made.request(3, ROW)._replace(key="")
