@@ -9,10 +9,10 @@ PACKAGE = Path(__file__).parent.parent / "batchrun"
 
 FLOORS = [
     {"errors", "usage", "sse", "columns", "uniqueness", "documents", "folders", "form", "inflate", "scrub", "sandbox"},
-    {"money", "providers", "jobfile", "lock", "migrations", "casts", "textfile"},
+    {"money", "providers", "jobfile", "lock", "migrations", "casts", "textfile", "jsonl"},
     {"records", "job", "prices", "projection", "fetch"},
-    {"failures", "ledger_view", "transport"},
-    {"wire", "accounts", "jsonl"},
+    {"failures", "ledger_view", "transport", "files"},
+    {"wire", "accounts"},
     {
         "source",
         "template",

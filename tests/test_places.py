@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchrun import source
+from batchrun import files
 from batchrun.job import Job
 from batchrun.source import Source
 
@@ -55,8 +55,8 @@ def test_rows_from_the_middle_are_those_of_the_whole(
     if form == "jsonl" and not any(tables):
         tables = [[["x", "y"]]]
     with TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(source, "_PLACE_ROWS", 4)
-        patch.setattr(source, "_BATCH_ROWS", 3)
+        patch.setattr(files, "_PLACE_ROWS", 4)
+        patch.setattr(files, "_BATCH_ROWS", 3)
         tables = [rows or [["x", "y"]] for rows in tables]
         pattern = _files(Path(name), form, tables, encoding, mark)
         job = Job.model_validate(
@@ -113,9 +113,9 @@ def test_a_row_near_the_end_is_read_without_what_stands_before_it(
             lines += 1
             yield line
 
-    read = source.lines_of
-    monkeypatch.setattr(source, "lines_of", counted)
+    read = files.lines_of
+    monkeypatch.setattr(files, "lines_of", counted)
     known = {"files": first.fingerprint(), **first.knowledge()}
     found = [row for batch in Source(job, known).batches(None, 49_990, 49_992) for row in batch.rows.to_pylist()]
     assert found == [{"a": "49990"}, {"a": "49991"}]
-    assert lines <= source._PLACE_ROWS + source._BATCH_ROWS
+    assert lines <= files._PLACE_ROWS + files._BATCH_ROWS
