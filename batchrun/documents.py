@@ -36,7 +36,8 @@ def parse_json(raw: bytes | str) -> Any:
     text = raw.decode("utf-8", errors="replace") if isinstance(raw, bytes) else raw
     if len(text) > _MOST_CONTAINERS and _containers(text) > _MOST_CONTAINERS:
         raise TooManyError(f"it holds more than {_MOST_CONTAINERS} lists and objects")
-    text = text.lstrip("\ufeff \t\r\n\x00")
+    if not text.startswith("{"):
+        text = text.lstrip("\ufeff \t\r\n\x00")
     try:
         document, end = _DECODER.raw_decode(text)
     except RecursionError:

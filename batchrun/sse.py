@@ -64,6 +64,8 @@ class EventParser:
         if self._held_return and text.startswith("\n"):
             text = text[1:]  # the second half of a CRLF whose first half has ended the line already
         self._held_return = text.endswith("\r") if text else False
+        if not (self._parts or self._data or self._name) and "\r" not in text:
+            text = _take_usual(text, events)
         lines = _LINE_END.split(text)
         for line in lines[:-1]:
             if self._parts:
@@ -106,6 +108,17 @@ class EventParser:
         self._data = []
         self._is_whole = None
         self._name = ""
+
+
+def _take_usual(text: str, events: list[Event]) -> str:
+    """Take events off the front of a text that are one line of JSON each, as nearly all are; return the rest."""
+    blocks = text.split("\n\n")
+    last = blocks.pop()
+    for number, block in enumerate(blocks):
+        if not block.startswith("data: {") or "\n" in block:
+            return "\n\n".join((*blocks[number:], last))
+        events.append(Event("", block[6:]))
+    return last
 
 
 def _is_complete(data: str) -> bool:

@@ -286,7 +286,8 @@ class AnswerReader:
                 if event.name == "error":
                     self._merged.fail(failure_of({"message": data}, self._headers))
                 continue  # a keep-alive in plain words, or a chunk that the end of the stream has cut
-            document = unwrapped(document)
+            if not isinstance(document, dict):
+                document = unwrapped(document)
             if isinstance(document, dict):
                 if event.name == "error" and not isinstance(document.get("choices"), list):
                     self._merged.fail(failure_of(document, self._headers))
@@ -407,6 +408,9 @@ class _Merged:
 
     def take(self, document: Mapping[str, Any], headers: Mapping[str, str]) -> None:
         """Take one document: a whole answer, or one chunk, also in the wrapper from before February 13, 2026."""
+        if self._has_text and self.model and self.answer_id and (piece := _usual_piece(document)) is not None:
+            self._say(piece)
+            return
         self.has_any = True
         if isinstance(state := document.get("state"), dict):
             self.usage = merge(self.usage, read_usage(state.get("usage")))
@@ -532,6 +536,26 @@ class _Merged:
             self.content = []
         self.content.append(text)
         self._has_text = self._has_text or bool(text)
+
+
+_CHUNK = {"id", "object", "created", "model", "choices", "usage", "system_fingerprint", "service_tier"}
+_CHUNK_CHOICE = {"index", "delta", "finish_reason", "logprobs"}
+
+
+def _usual_piece(document: Mapping[str, Any]) -> str | None:
+    """The text of a chunk that brings nothing else, as nearly all do; what it repeats was in an earlier one."""
+    if not document.keys() <= _CHUNK or document.get("usage") is not None:
+        return None
+    choices = document.get("choices")
+    if type(choices) is not list or len(choices) != 1 or type(choice := choices[0]) is not dict:
+        return None
+    if choice.get("index") != 0 or choice.get("finish_reason") is not None or not choice.keys() <= _CHUNK_CHOICE:
+        return None
+    delta = choice.get("delta")
+    if type(delta) is not dict or not delta.keys() <= _PLAIN:
+        return None
+    content = delta.get("content")
+    return content if type(content) is str else None
 
 
 def _first_choice(choices: Sequence[object]) -> Mapping[str, Any] | None:

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from batchrun import wire
 from batchrun.failures import parse_retry_after, read_failure
 from batchrun.money import PICO_PER_USD, from_pico, to_pico, usd_text
 from batchrun.prices import Price
@@ -154,6 +155,47 @@ def test_events_come_out_as_they_went_in(events: list[str], end: str, cuts: list
         found += parser.feed(raw[start:stop])
     found += parser.close()
     assert [event.data for event in found] == events
+
+
+LINES = st.sampled_from(
+    ['data: {"a": 1}', "data: {", 'data: {"b": 2}}', 'data:{"c": 3}', "data: }", '{"d": 4}', "event: error", ": note",
+     "data: [DONE]", "data: é漢", "\n", "\n\n", "\r\n", "\r", " ", "\ufeff"]
+)  # fmt: skip
+
+
+@settings(max_examples=500)
+@given(lines=st.lists(LINES, max_size=20))
+def test_usual_events_are_taken_off_as_all_others_are(lines: list[str]) -> None:
+    raw = "".join(lines).encode()
+    whole, slow = EventParser(), EventParser()
+    one_by_one = [event for index in range(len(raw)) for event in slow.feed(raw[index : index + 1])]
+    assert whole.feed(raw) + whole.close() == one_by_one + slow.close()
+
+
+DELTAS = st.fixed_dictionaries({}, optional={
+    "content": st.sampled_from(["a", "", None, ["b"]]), "role": st.just("assistant"), "refusal": st.just("no"),
+    "reasoning": st.just("hm"),
+})  # fmt: skip
+CHOICES = st.fixed_dictionaries({"delta": DELTAS}, optional={
+    "index": st.sampled_from([0, 1, None, "0"]), "finish_reason": st.sampled_from([None, "stop", "length", ""]),
+    "message": st.just({"content": "whole"}), "text": st.just("t"), "error": st.just({"message": "x"}),
+    "logprobs": st.none(),
+})  # fmt: skip
+CHUNKS = st.fixed_dictionaries({"choices": st.lists(CHOICES, max_size=2)}, optional={
+    "id": st.sampled_from(["i", "", None]), "model": st.sampled_from(["m", "n", ""]), "error": st.just("x"),
+    "usage": st.sampled_from([None, {}, {"prompt_tokens": 3, "completion_tokens": 1}]), "object": st.just("error"),
+    "x_groq": st.just({"usage": {"total_tokens": 9}}), "service_tier": st.just("default"),
+})  # fmt: skip
+
+
+@settings(max_examples=500)
+@given(chunks=st.lists(CHUNKS, max_size=8))
+def test_usual_chunks_are_read_as_all_others_are(chunks: list[Any]) -> None:
+    raw = "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks).encode() + b"data: [DONE]\n\n"
+    found = read_answer(raw, {}, streamed=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(wire, "_usual_piece", lambda chunk: None)
+        assert read_answer(raw, {}, streamed=True) == found
 
 
 def test_a_byte_order_mark_and_a_missing_last_blank_line_lose_no_event() -> None:
