@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from batchrun.columns import build
 from batchrun.money import COST_SOURCES, PICO_PER_USD, from_pico
-from batchrun.records import Answer, Slot, StandingAttempt
+from batchrun.records import Answer, RowSlots, Slot, StandingAttempt
 from batchrun.wire import read_answer
 
 _COLUMNS: tuple[tuple[str, pa.DataType], ...] = (
@@ -44,11 +44,12 @@ _COLUMNS: tuple[tuple[str, pa.DataType], ...] = (
     ("finished_at", pa.timestamp("us", tz="UTC")),
 )
 _FIRST_TOKEN = ("first_token_seconds", pa.float64())
+_SAMPLE = ("sample", pa.int64())
 
 
-def result_schema(*, streamed: bool, prefix: str = "") -> pa.Schema:
+def result_schema(*, streamed: bool, sampled: bool = False, prefix: str = "") -> pa.Schema:
     """The result columns: from the job alone, so that every run of a job has the same."""
-    columns = (*_COLUMNS, _FIRST_TOKEN) if streamed else _COLUMNS
+    columns = (*_COLUMNS, *([_FIRST_TOKEN] if streamed else []), *([_SAMPLE] if sampled else []))
     return pa.schema([(prefix + name, kind) for name, kind in columns])
 
 
@@ -76,8 +77,8 @@ class Results:
     """Builds result columns, batch by batch.
 
     Args:
-        models: the requested model of each row's slots: as in the job, in its order.
-        requested: what the job calls each of them.
+        slots: those of each row.
+        requested: what the job calls each model.
     """
 
     def __init__(
@@ -85,14 +86,14 @@ class Results:
         schema: pa.Schema,
         *,
         run_id: str,
-        models: Sequence[str],
+        slots: RowSlots,
         requested: Mapping[str, str],
         prefix: str = "",
     ) -> None:
         self.schema = schema
         self.counts = Counts()
         self._run_id = run_id
-        self._models = models
+        self._slots = slots
         self._requested = requested
         self._prefix = prefix
 
@@ -104,14 +105,14 @@ class Results:
         waiting = next(by_slot, None)
         records = []
         for row_index in range(start, start + rows):
-            for model in self._models:
-                slot = Slot(row_index, model)
-                of_slot: list[StandingAttempt] = []
-                # Attempts of another model than the job's have no row here: they sort before or after.
-                while waiting is not None and waiting[0] <= slot:
-                    of_slot = waiting[1] if waiting[0] == slot else of_slot
-                    waiting = next(by_slot, None)
-                records.append(self._record(slot, of_slot, faults.get(slot)))
+            of_row: dict[Slot, list[StandingAttempt]] = {}
+            while waiting is not None and waiting[0].row_index <= row_index:
+                of_row[waiting[0]] = waiting[1]
+                waiting = next(by_slot, None)
+            # Attempts of another model than the job's have no row here.
+            records += [
+                self._record(slot, of_row.get(slot, []), faults.get(slot)) for slot in self._slots.of(row_index)
+            ]
         columns = []
         for field in self.schema:
             name = field.name.removeprefix(self._prefix)
@@ -136,6 +137,7 @@ class Results:
         usd_spent, cost_source = _spent(attempts)
         record: dict[str, Any] = {
             "requested_model": self._requested[slot.model],
+            "sample": slot.sample,
             "run_id": self._run_id,
             "attempts": len(attempts),
             "unknown_attempts": unknown,

@@ -8,7 +8,7 @@ is on record.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -72,7 +72,11 @@ def needed_factor(cost: int, reserved: int, factor: Decimal) -> Decimal | None:
 class Budget:
     """What the requests of an invocation may cost, together and each.
 
+    Attributes:
+        worst: the worst case of a request, by model.
+
     Args:
+        pricings: by model.
         factor: of the job, on each worst case; None for 1, or 1.5 where the price is the library's.
         held: pico-dollars of the cap's period that are taken already.
         clock: microseconds since 1970, UTC.
@@ -80,18 +84,15 @@ class Budget:
 
     def __init__(
         self,
-        pricing: Pricing,
+        pricings: Mapping[str, Pricing],
         *,
         cap: Cap | None = None,
         factor: Decimal | None = None,
         held: int = 0,
         clock: Callable[[], int] = now_us,
     ) -> None:
-        self._pricing = pricing
+        self.worst = {model: WorstCase(pricing, factor) for model, pricing in pricings.items()}
         self._cap = cap
-        self._factor = factor or Decimal(1)
-        self._is_guessing = factor is None and pricing.is_estimated
-        self._measured_factor = Decimal(0)
         self._held = held
         self._clock = clock
         self._now = clock()
@@ -100,7 +101,6 @@ class Budget:
         """Since when no more than `most_held` can be taken, in microseconds since 1970, UTC; None if that is not known:
         there is no cap, a new period has begun, or an answer cost more than was reserved."""
         self.most_held = max(held, cap.pico) if cap is not None else 0
-        self._bound = PromptBound()
         self._settled = asyncio.Event()
         self._is_closed = False
         self.in_flight = 0
@@ -129,7 +129,7 @@ class Budget:
         """
         while not self._is_closed:
             now = self._now = max(self._now, self._clock())  # a clock that is set back begins no day anew
-            most = self.most_pico(request, now)
+            most = self.worst[request.slot.model].pico(request, now)
             if self._fits(most, now):
                 return Reservation(most, now)
             if self.in_flight == 0:
@@ -142,24 +142,59 @@ class Budget:
     def settle(self, request: Request, reservation: Reservation, exchange: Exchange) -> Hold:
         """Give a reservation way to the cost, if that is known."""
         self.in_flight -= 1
+        worst = self.worst[request.slot.model]
         usd = exchange.cost.usd
         reserved = reservation.pico or 0
         cost = held = to_pico(usd) if usd is not None else reserved
-        if usd is not None and exchange.cost.source in DERIVED and self.factor > 1:
+        if usd is not None and exchange.cost.source in DERIVED and worst.factor > 1:
             # What the provider really charges may be as far above the price that we know as is reserved for.
-            held = max(cost, min(reserved, to_pico(usd * self.factor)))
+            held = max(cost, min(reserved, to_pico(usd * worst.factor)))
         if self._cap is None or self._cap.began(reservation.made_at) == self._period:
             self._held += held - reserved
         if exchange.cost.source in REPORTED and usd is not None:
-            self.learn(exchange.usage, reservation.made_at, usd)
+            worst.learn(exchange.usage, reservation.made_at, usd)
         if exchange.outcome == "ok" and not {"suspicious_cost", "zero_usage"} & set(exchange.flags):
-            self._bound.learn(request, exchange.usage)
+            worst.bound.learn(request, exchange.usage)
         self._settled.set()
         is_over = self._cap is not None and cost > reserved
         if is_over:
             self.checked_from = None
-        needed = needed_factor(cost, reserved, self.factor) if is_over else None
+        needed = needed_factor(cost, reserved, worst.factor) if is_over else None
         return Hold(held if held != cost else None, is_over, needed)
+
+    def close(self) -> None:
+        """Let nobody wait any longer: the run is stopping."""
+        self._is_closed = True
+        self._settled.set()
+
+    def _fits(self, most: int | None, now: int) -> bool:
+        if self._cap is None:
+            return True
+        if (period := self._cap.began(now)) != self._period:
+            # A new day: what is still in flight was sent on the old one, and counts there.
+            self._period, self._held, self.checked_from = period, 0, None
+        return most is not None and self._held + most <= self._cap.pico
+
+
+class WorstCase:
+    """The most that a request of one model can cost.
+
+    Args:
+        factor: of the job; None for 1, or 1.5 where the price is the library's.
+    """
+
+    def __init__(self, pricing: Pricing, factor: Decimal | None) -> None:
+        self._pricing = pricing
+        self._factor = factor or Decimal(1)
+        self._is_guessing = factor is None and pricing.is_estimated
+        self._measured_factor = Decimal(0)
+        self.bound = PromptBound()
+
+    @property
+    def factor(self) -> Decimal:
+        """What it is multiplied by."""
+        guess = _LIBRARY_FACTOR if self._is_guessing else Decimal(1)
+        return max(self._factor, guess, self._measured_factor)
 
     def learn(self, usage: Usage, sent_at: int, usd: Decimal) -> None:
         """Take a cost that the provider reported: it tells how far its prices are from those that we know."""
@@ -170,17 +205,12 @@ class Budget:
             if usd > ours:
                 self._measured_factor = max(self._measured_factor, usd / ours * _MEASURED_MARGIN)
 
-    def close(self) -> None:
-        """Let nobody wait any longer: the run is stopping."""
-        self._is_closed = True
-        self._settled.set()
-
-    def most_pico(self, request: Request, now: int) -> int | None:
-        """The most that a request can cost, in pico-dollars; None if nothing bounds it."""
+    def pico(self, request: Request, now: int) -> int | None:
+        """In pico-dollars, sent at `now`; None if nothing bounds it."""
         price = self._pricing.price_at(now)
         if price is None:
             return None
-        prompt = self._bound.prompt_tokens(request)
+        prompt = self.bound.prompt_tokens(request)
         if not request.is_self_contained and not price.is_free:
             # What stands elsewhere is bounded by the model alone.
             if self._pricing.limits.context_tokens is None:
@@ -189,20 +219,6 @@ class Budget:
         most = price.most_usd(prompt, request.most_completion_tokens or self._pricing.limits.completion_tokens)
         pico = to_pico(most * self.factor) if most is not None else None
         return pico if pico is None or pico <= _MOST_PICO else None
-
-    @property
-    def factor(self) -> Decimal:
-        """What each worst case is multiplied by."""
-        guess = _LIBRARY_FACTOR if self._is_guessing else Decimal(1)
-        return max(self._factor, guess, self._measured_factor)
-
-    def _fits(self, most: int | None, now: int) -> bool:
-        if self._cap is None:
-            return True
-        if (period := self._cap.began(now)) != self._period:
-            # A new day: what is still in flight was sent on the old one, and counts there.
-            self._period, self._held, self.checked_from = period, 0, None
-        return most is not None and self._held + most <= self._cap.pico
 
 
 class PromptBound:

@@ -36,7 +36,7 @@ class ChatSender:
     """Sends requests to one endpoint.
 
     Args:
-        pricing: used where the provider reports no cost.
+        pricings: by model; used where the provider reports no cost.
         timeout_seconds: the whole of one attempt, keep-alives notwithstanding.
         transport: for tests; default is aiohttp's connections.
     """
@@ -49,7 +49,7 @@ class ChatSender:
         timeout_seconds: float,
         max_response_bytes: int,
         streamed: bool,
-        pricing: Pricing,
+        pricings: Mapping[str, Pricing],
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self._endpoint = endpoint
@@ -68,7 +68,7 @@ class ChatSender:
         self._timeout_seconds = timeout_seconds
         self._max_bytes = max_response_bytes
         self._streamed = streamed
-        self._pricing = pricing
+        self._pricings = pricings
         # Shorter than the whole: a connection that was never made must be known as such.
         connect_seconds = min(_CONNECT_SECONDS, 0.9 * timeout_seconds)
         self._transport = transport or Transport(
@@ -113,7 +113,7 @@ class ChatSender:
             reception.broke = self._broken(exc)
         finally:
             timer.cancel()
-        return self._exchange(reception, intent.sent_at)
+        return self._exchange(reception, self._pricings[intent.request.slot.model], intent.sent_at)
 
     def _expire(self, limit: asyncio.Timeout, started: float) -> None:
         """The time is over; but a process that was stopped meanwhile first reads what has come."""
@@ -157,7 +157,7 @@ class ChatSender:
                 if reader.is_done:
                     return  # some servers keep the connection open after [DONE]
 
-    def _exchange(self, reception: _Reception, sent_at: int) -> Exchange:
+    def _exchange(self, reception: _Reception, pricing: Pricing, sent_at: int) -> Exchange:
         received = b"".join(reception.pieces)
         raw = self._scrubber.raw(received)
         now = asyncio.get_running_loop().time()
@@ -194,8 +194,8 @@ class ChatSender:
             reader.feed(raw)
         result = reader.close(reception.broke)
         if isinstance(result, Answer):
-            estimate = self._pricing.usd(result.usage, sent_at)
-            cost = self._cost(result, estimate)
+            estimate = pricing.usd(result.usage, sent_at)
+            cost = self._cost(result, pricing, estimate)
             if self._scrubber.is_in(_texts_of(result)):
                 return exchange("failed", failure=_TOLD_SECRET, usage=result.usage, cost=cost, request_id=request_id)
             return exchange(
@@ -213,21 +213,21 @@ class ChatSender:
             body=raw,
             failure=self._scrubbed(result),
             usage=reader.usage,
-            cost=self._failed_cost(reader),
+            cost=_failed_cost(reader, pricing),
             request_id=request_id or result.request_id,
         )
 
     def _reader(self, reception: _Reception) -> AnswerReader:
         return AnswerReader(reception.headers, streamed=self._streamed, cost_in_usage=self._endpoint.cost_in_usage)
 
-    def _cost(self, answer: Answer, estimate: Decimal | None) -> Cost:
+    def _cost(self, answer: Answer, pricing: Pricing, estimate: Decimal | None) -> Cost:
         if self._endpoint.name == "local":
             return LOCAL
         if answer.usd is not None:
             return Cost(answer.usd, answer.usd_source)
-        if self._pricing.source == "local":
+        if pricing.source == "local":
             return LOCAL
-        return Cost(estimate, self._pricing.source) if estimate is not None else UNKNOWN
+        return Cost(estimate, pricing.source) if estimate is not None else UNKNOWN
 
     @staticmethod
     def _flags(answer: Answer, estimate: Decimal | None) -> tuple[str, ...]:
@@ -235,15 +235,6 @@ class ChatSender:
         if estimate and answer.usd is not None and not is_plausible(estimate, answer.usd):
             return (*answer.flags, "suspicious_cost")
         return answer.flags
-
-    def _failed_cost(self, reader: AnswerReader) -> Cost:
-        """A 2xx that brought no answer: what the provider reports; nothing, if it brought only an error."""
-        usd, source = reader.reported_cost()
-        if usd is not None:
-            return Cost(usd, source)
-        if self._pricing.source == "local":
-            return LOCAL
-        return NOT_BILLED if reader.is_bare_error else UNKNOWN
 
     def _broken(self, exc: Exception) -> Failure:
         """A connection that failed. Only one that was never made is known to have cost nothing."""
@@ -257,6 +248,16 @@ class ChatSender:
         code, upstream_type, request_id = (text and self._scrubber.text(text) for text in texts)
         message = self._scrubber.text(failure.message)
         return replace(failure, message=message, code=code, upstream_type=upstream_type, request_id=request_id)
+
+
+def _failed_cost(reader: AnswerReader, pricing: Pricing) -> Cost:
+    """A 2xx that brought no answer: what the provider reports; nothing, if it brought only an error."""
+    usd, source = reader.reported_cost()
+    if usd is not None:
+        return Cost(usd, source)
+    if pricing.source == "local":
+        return LOCAL
+    return NOT_BILLED if reader.is_bare_error else UNKNOWN
 
 
 _TOLD_SECRET = Failure("malformed", Action.REJECT, "the answer spells out a secret of this job, and was not kept")

@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from batchrun import accounts
 from batchrun.answers import Results
+from batchrun.columns import build
 from batchrun.errors import BrokenPromiseError, ExitCode, Promise
 from batchrun.ledger_view import LedgerView, Run
 from batchrun.money import usd_text
@@ -29,7 +30,8 @@ def summarise(plan: Plan, ledger: LedgerView, run: Run, rows: int) -> Summary:
         run_id=run.run_id,
         provider=plan.endpoint.name,
         model=plan.job.model,
-        rows=rows,
+        rows=rows * plan.slots.number,
+        input_rows=rows,
         totals=accounts.totals(ledger, run),
         exit_code=ExitCode.OK,
         reason=None,
@@ -132,7 +134,7 @@ class EarlyOutput:
 
                 def wait(start: int, stop: int) -> None:
                     if self._is_over.is_set() or not ledger.is_settled(
-                        self._run, start, stop, retry_failed=self._retry_failed
+                        self._run, self._plan.slots, start, stop, retry_failed=self._retry_failed
                     ):
                         self._last_word()
 
@@ -156,8 +158,8 @@ def results_of(plan: Plan, run: Run) -> Results:
     return Results(
         plan.result_schema,
         run_id=run.run_id,
-        models=[plan.model],
-        requested={plan.model: plan.job.model},
+        slots=plan.slots,
+        requested=plan.requested,
         prefix=plan.job.output.prefix,
     )
 
@@ -176,8 +178,15 @@ def expected_batches(
             columns = results.batch(
                 start, stop - start, ledger.standing(run, start, stop), ledger.row_faults(run, start, stop)
             )
-            rows = batch.rows.slice(start - batch.start, stop - start)
+            rows = _repeated(batch.rows.slice(start - batch.start, stop - start), plan.slots.number)
             yield pa.RecordBatch.from_arrays([*rows.columns, *columns.columns], schema=plan.schema)
+
+
+def _repeated(rows: pa.RecordBatch, times: int) -> pa.RecordBatch:
+    """Each row so often, one after the other."""
+    if times == 1:
+        return rows
+    return rows.take(build([index for index in range(rows.num_rows) for _ in range(times)], pa.int64()))
 
 
 def _pieces(ledger: LedgerView, run: Run, start: int, stop: int) -> Iterator[tuple[int, int]]:

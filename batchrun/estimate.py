@@ -67,6 +67,30 @@ class Estimate:
         return [f"estimate for all rows, {basis}", f"{tokens} (low, likely, high)", cost]
 
 
+def together(estimates: Sequence[Estimate]) -> Estimate:
+    """What several models take. What is not known of one is not known of all."""
+    if len(estimates) == 1:
+        return estimates[0]
+    sources = list(dict.fromkeys(estimate.price_source for estimate in estimates))
+    return Estimate(
+        # By rule of thumb, as soon as that is all that there is for one of them.
+        min(estimate.measured for estimate in estimates),
+        _sum([estimate.prompt_tokens for estimate in estimates]),
+        _sum_known([estimate.completion_tokens for estimate in estimates]),
+        _sum_known([estimate.usd for estimate in estimates]),
+        None if None in sources else " and ".join(source for source in sources if source is not None),
+    )
+
+
+def _sum(intervals: Sequence[Interval]) -> Interval:
+    return Interval(*(sum(getattr(interval, name) for interval in intervals) for name in Interval.__slots__))
+
+
+def _sum_known(intervals: Sequence[Interval | None]) -> Interval | None:
+    known = [interval for interval in intervals if interval is not None]
+    return _sum(known) if len(known) == len(intervals) else None
+
+
 @dataclass
 class Estimator:
     """Takes the requests of a job one by one."""

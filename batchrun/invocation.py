@@ -28,7 +28,7 @@ from batchrun.rates import Rates
 from batchrun.records import Request
 from batchrun.runner import ASKED_AGAIN, NO_ROOM, Runner, Stop
 from batchrun.sink import check_writable
-from batchrun.spending import cap_reached, check_cap, open_budget, pricing_of, rows_left
+from batchrun.spending import cap_reached, check_cap, open_budget, pricings_of, rows_left
 from batchrun.summary import Summary
 
 _OTHER_FILES = 64
@@ -147,7 +147,8 @@ def _announce(context: _Context, rows: int) -> int:
     ledger, current, say = context.ledger, context.run, context.say
     ok, failed = ledger.counts(current)
     if not current.is_new:
-        say(f"going on with run {current.run_id}: {ok} of {rows} rows are answered, {failed} failed")
+        of = rows * context.plan.slots.number
+        say(f"going on with run {current.run_id}: {ok} of {of} rows are answered, {failed} failed")
     elif context.options.sample is None and (earlier := ledger.earlier_answers(current)) is not None:
         cost = f"about ${usd_text(round(earlier.usd, 6))}" if earlier.usd is not None else "at a cost not known"
         say(
@@ -168,8 +169,8 @@ def _ask(context: _Context, rows: int, settled: int, early: EarlyOutput) -> _End
     if first is None:
         return _Ended()
     ledger.reserve_room(plan.job.concurrency)
-    pricing = pricing_of(plan.job, plan.endpoint, plan.job.model, ledger, say=context.say)
-    budget = open_budget(plan, ledger, current, pricing)
+    pricings = pricings_of(plan.job, plan.endpoint, plan.slots.models, ledger, say=context.say)
+    budget = open_budget(plan, ledger, current, pricings)
     server = None
     if plan.weights is not None:
         server, address = local.start(plan.weights, plan.job.concurrency)
@@ -177,11 +178,12 @@ def _ask(context: _Context, rows: int, settled: int, early: EarlyOutput) -> _End
     progress = None
     if context.stream is not None:
         usd, tokens = accounts.spent(ledger, current)
-        total = rows if only is None else min(rows, settled + len(only))
-        progress = Progress(context.stream, total=total, rows=rows, settled=settled, usd=usd, tokens=tokens)
+        slots = rows * plan.slots.number
+        total = slots if only is None else min(slots, settled + len(only) * plan.slots.number)
+        progress = Progress(context.stream, total=total, rows=slots, settled=settled, usd=usd, tokens=tokens)
     try:
         with asyncio.Runner(loop_factory=_new_loop) as runner:
-            ended = runner.run(_drive(context, _chain(first, pending), pricing, budget, progress, early))
+            ended = runner.run(_drive(context, _chain(first, pending), pricings, budget, progress, early))
         if ended.stop is None or ended.stop.exit_code not in _BROKEN:
             check_cap(plan, ledger, current, budget)
         return ended
@@ -229,7 +231,7 @@ def _chain(first: Request, rest: Iterator[Request]) -> Iterator[Request]:
 async def _drive(
     context: _Context,
     requests: Iterator[Request],
-    pricing: Pricing,
+    pricings: Mapping[str, Pricing],
     budget: Budget,
     progress: Progress | None,
     early: EarlyOutput,
@@ -244,7 +246,7 @@ async def _drive(
         timeout_seconds=job.timeout_seconds,
         max_response_bytes=job.max_response_bytes,
         streamed=job.stream,
-        pricing=pricing,
+        pricings=pricings,
     ) as sender:
         runner = Runner(
             context.ledger,
@@ -258,6 +260,7 @@ async def _drive(
             max_seconds=job.retry.max_seconds,
             stop_seconds=job.stop_seconds,
             clock=asyncio.get_running_loop().time,
+            models=context.plan.slots.models,
             on_settled=progress.settle if progress is not None else lambda settlement: None,
             on_drained=early.start,
         )
@@ -414,4 +417,5 @@ def _with_advice(plan: Plan, summary: Summary) -> Summary:
         return summary
     from batchrun.catalog import model_advice
 
-    return replace(summary, advice=model_advice(plan.endpoint, plan.job.model))
+    advice = [text for model in plan.job.models if (text := model_advice(plan.endpoint, model))]
+    return replace(summary, advice="; ".join(advice) or None)

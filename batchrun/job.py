@@ -244,12 +244,14 @@ class Job(_Setting):
     input: InputSetting
     prompt: PromptSetting | None = Field(None, description="Default: the column `prompt`, else the column `messages`.")
     provider: ProviderSetting
-    model: str = Field(min_length=1, description="The model's id; for `local` also the path of a GGUF file.")
+    model: str | list[str] = Field(
+        description="The model's id; for `local` also the path of a GGUF file. A list: every row is asked of each."
+    )
     parameters: dict[str, Any] = Field(
         default_factory=dict, description="Sent as they stand: max_tokens, temperature, top_p, stop, …"
     )
     stream: bool = Field(False, description="Ask for server-sent events.")
-    samples: int = Field(1, description=_NOT_YET)
+    samples: int = Field(1, ge=1, le=1000, description="Answers to each row, from each model.")
     concurrency: int = Field(32, ge=1, le=10_000, description="The most requests in flight.")
     requests_per_minute: int | None = Field(None, ge=1, le=10**9, description="The most requests in any minute.")
     tokens_per_minute: int | None = Field(
@@ -281,13 +283,6 @@ class Job(_Setting):
             raise ValueError(_NOT_YET)
         return value
 
-    @field_validator("samples", mode="before")
-    @classmethod
-    def _one_sample(cls, value: Any) -> Any:
-        if value != 1 or isinstance(value, bool):
-            raise ValueError(f"other than 1 is {_NOT_YET}")
-        return value
-
     @field_validator("reuse", mode="before")
     @classmethod
     def _no_reuse(cls, value: Any) -> Any:
@@ -297,10 +292,20 @@ class Job(_Setting):
 
     @field_validator("model", mode="before")
     @classmethod
-    def _one_model(cls, value: Any) -> Any:
-        if isinstance(value, list):
-            raise ValueError(f"a list of models is {_NOT_YET}: name one")  # noqa: TRY004 - pydantic collects these
+    def _named_models(cls, value: Any) -> Any:
+        names = value if isinstance(value, list) else [value]
+        if not names or not all(isinstance(name, str) and name.strip() for name in names):
+            raise ValueError(f"should be the id of a model, or a list of them (is {_shown(value)})")
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"{name!r} stands in the list twice")
         return value
+
+    @model_validator(mode="after")
+    def _one_local_model(self) -> Job:
+        if self.provider.name == "local" and len(self.models) > 1:
+            raise ValueError("the provider local serves one model at a time: name one, and give each a job of its own")
+        return self
 
     @field_validator("ledger")
     @classmethod
@@ -329,6 +334,11 @@ class Job(_Setting):
         """The job file, absolute."""
         return self._path
 
+    @property
+    def models(self) -> list[str]:
+        """All that are asked."""
+        return self.model if isinstance(self.model, list) else [self.model]
+
     def resolve(self, path: str) -> Path:
         """A path of the job file as it stands there: relative ones start at the job file's folder."""
         try:
@@ -350,7 +360,7 @@ class Job(_Setting):
     def request_shape(self) -> dict[str, Any]:
         """What of the job changes the requests or the rows: with an unchanged input, the same shape asks the same."""
         return self.model_dump(
-            mode="json", include={"prompt", "model", "parameters", "input", "provider"}, by_alias=True
+            mode="json", include={"prompt", "model", "samples", "parameters", "input", "provider"}, by_alias=True
         )
 
     def snapshot(self) -> dict[str, Any]:
@@ -360,7 +370,7 @@ class Job(_Setting):
     def with_shape_of(self, snapshot: Mapping[str, Any]) -> Job:
         """This job with what shapes the request taken from an earlier snapshot of it."""
         now = self.snapshot()
-        shaping = ("prompt", "model", "parameters", "provider")
+        shaping = ("prompt", "model", "samples", "parameters", "provider")
         merged = {name: value for name, value in now.items() if name not in shaping}
         merged |= {name: value for name, value in snapshot.items() if name in shaping}
         job = Job.model_validate(merged)

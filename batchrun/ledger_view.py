@@ -20,7 +20,7 @@ import zstandard
 from batchrun.errors import StorageError
 from batchrun.migrations import check_version
 from batchrun.money import from_pico
-from batchrun.records import Slot, StandingAttempt
+from batchrun.records import RowSlots, Slot, StandingAttempt
 
 
 class Run(NamedTuple):
@@ -178,17 +178,18 @@ class LedgerView:
                 found[Slot(*fault)] = SlotState(False, True, 0)
         return found
 
-    def unsettled(self, run: Run, rows: int, *, retry_failed: bool) -> Iterator[tuple[int, int]]:
+    def unsettled(self, run: Run, slots: RowSlots, rows: int, *, retry_failed: bool) -> Iterator[tuple[int, int]]:
         """Ranges of rows, in order, that hold every row that is still to be asked, and few others.
 
         Args:
+            slots: those of each row.
             rows: of the input.
             retry_failed: failed rows are to be asked too.
         """
-        settled = self._settled_by_chunk(run, retry_failed=retry_failed)
+        settled = self._settled_by_chunk(run, slots, retry_failed=retry_failed)
         start = None
         for first in range(0, rows, _CHUNK_ROWS):
-            is_settled = settled.get(first // _CHUNK_ROWS, 0) >= min(_CHUNK_ROWS, rows - first)
+            is_settled = settled.get(first // _CHUNK_ROWS, 0) >= min(_CHUNK_ROWS, rows - first) * slots.number
             if start is None and not is_settled:
                 start = first
             elif start is not None and is_settled:
@@ -197,20 +198,24 @@ class LedgerView:
         if start is not None:
             yield start, rows
 
-    def is_settled(self, run: Run, start: int, stop: int, *, retry_failed: bool) -> bool:
+    def is_settled(self, run: Run, slots: RowSlots, start: int, stop: int, *, retry_failed: bool) -> bool:
         """True if the rows `start` ≤ index < `stop` are all settled for certain: none of them will be asked."""
-        return sum(self._settled_by_chunk(run, start, stop, retry_failed=retry_failed).values()) >= stop - start
+        settled = self._settled_by_chunk(run, slots, start, stop, retry_failed=retry_failed)
+        return sum(settled.values()) >= (stop - start) * slots.number
 
-    def _settled_by_chunk(self, run: Run, start: int = 0, stop: int = 2**62, *, retry_failed: bool) -> dict[int, int]:
-        """How many rows of each chunk are settled for certain."""
+    def _settled_by_chunk(
+        self, run: Run, slots: RowSlots, start: int = 0, stop: int = 2**62, *, retry_failed: bool
+    ) -> dict[int, int]:
+        """How many slots of each chunk are settled for certain."""
         if self._has_moved(run):
             return {}  # then the number of a row says little
         is_settled = "ok" if retry_failed else "(ok OR final)"
         rows = self.rows(
             f"SELECT row_index / {_CHUNK_ROWS}, count(*) FROM (SELECT row_index, max(outcome = 'ok') AS ok, "
             f"{NEWEST_IS_FINAL} AS final FROM attempt WHERE run = ? AND row_index >= ? AND row_index < ? "
+            f"AND model IN ({', '.join('?' * len(slots.models))}) AND sample < ? "
             f"AND outcome IS NOT NULL GROUP BY row_index, model, sample) WHERE {is_settled} GROUP BY 1",
-            (run.run, start, stop),
+            (run.run, start, stop, *slots.models, slots.samples),
         )
         return dict(rows)
 

@@ -13,7 +13,7 @@ from typing import Any
 from batchrun import accounts
 from batchrun.delivery import summarise, write_output
 from batchrun.errors import JobError, MissingHereError, StorageError
-from batchrun.estimate import Estimate, Estimator
+from batchrun.estimate import Estimate, Estimator, together
 from batchrun.job import Job
 from batchrun.ledger import Ledger
 from batchrun.ledger_view import LedgerView, Run, Snapshot
@@ -23,7 +23,7 @@ from batchrun.prices import Pricing
 from batchrun.providers import resolve
 from batchrun.records import RowFault, now_us
 from batchrun.sink import manifest_of
-from batchrun.spending import pricing_of, refuse_boundless
+from batchrun.spending import pricings_of, refuse_boundless
 from batchrun.summary import Summary, exact_json
 from batchrun.template import NotRenderedError
 
@@ -59,8 +59,12 @@ class Preview:
         if self.fault_count > len(self.faults):
             lines.append(f"… and {self.fault_count - len(self.faults)} more rows would fail")
         failing = f", {self.fault_count} of which give no prompt and would fail" if self.fault_count else ""
-        lines.append(f"{self.job.name}: {self.rows} rows{failing}; model {self.job.model} at {self.job.provider.name}")
+        lines.append(f"{self.job.name}: {self.rows} rows{failing}; {self._asked()} at {self.job.provider.name}")
         return lines + self.estimate.lines()
+
+    def _asked(self) -> str:
+        models = f"model{'s' * (len(self.job.models) > 1)} {', '.join(self.job.models)}"
+        return f"{models}, {self.job.samples} samples each" if self.job.samples > 1 else models
 
     def to_json(self) -> str:
         """One JSON object."""
@@ -93,10 +97,15 @@ def check(job: Job, environ: Mapping[str, str], *, samples: int = 3, is_offline:
         plan = Plan.to_read(job, "unchecked")
         warnings.append(f"a run would stop here: {exc}")
     with _history(job, warnings) as ledger:
-        pricing = pricing_of(job, plan.endpoint, job.model, ledger, is_offline=is_offline, say=warnings.append)
+        models = plan.slots.models
+        pricings = pricings_of(job, plan.endpoint, models, ledger, is_offline=is_offline, say=warnings.append)
         parameters = json.dumps(job.snapshot()["parameters"])
-        measured = accounts.measured(ledger, plan.model, parameters) if ledger is not None else []
-    estimator = Estimator(pricing, measured)
+        estimators = {
+            model: Estimator(
+                pricings[model], accounts.measured(ledger, model, parameters) if ledger is not None else []
+            )
+            for model in models
+        }
     rows = fault_count = 0
     faults: list[RowFault] = []
     for asked in plan.asked():
@@ -104,19 +113,20 @@ def check(job: Job, environ: Mapping[str, str], *, samples: int = 3, is_offline:
         fault_count += len(asked.faults)
         faults += asked.faults[: _MOST_FAULTS - len(faults)]
         for request in asked.requests:
-            estimator.take(request)
+            estimators[request.slot.model].take(request)
     if job.budget is not None:
         try:
-            refuse_boundless(plan, pricing, now_us())
+            refuse_boundless(plan, pricings, now_us())
         except JobError as exc:
             warnings.append(f"a run would stop here: {exc}")
     shown = []
-    for batch in plan.source.batches(plan.template.columns):
+    for batch in plan.source.batches(plan.columns):
         for offset, row in enumerate(batch.rows.slice(0, samples).to_pylist()):
             with suppress(NotRenderedError):
-                shown.append((batch.start + offset, plan.template.messages(row)))
+                shown.append((batch.start + offset, plan.templates[0].messages(row)))
         break
-    return Preview(job, rows, faults, fault_count, shown, estimator.estimate(now_us()), warnings)
+    estimate = together([estimator.estimate(now_us()) for estimator in estimators.values()])
+    return Preview(job, rows, faults, fault_count, shown, estimate, warnings)
 
 
 @contextmanager
@@ -233,8 +243,8 @@ def _reprice(
     before = after = Decimal(0)
     sources: dict[str, None] = {}
     unpriced: list[str] = []
-    for model in accounts.models(ledger, run):
-        pricing = pricing_of(job, endpoint, model, ledger, is_offline=is_offline, say=say)
+    models = accounts.models(ledger, run)
+    for model, pricing in pricings_of(job, endpoint, models, ledger, is_offline=is_offline, say=say).items():
         if pricing.source is None:
             if any(True for _ in accounts.derived(ledger, run, model)):
                 unpriced.append(model)

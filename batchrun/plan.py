@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from hashlib import blake2b
@@ -20,7 +20,7 @@ from batchrun.ledger import Ledger
 from batchrun.ledger_view import LedgerView, Run, SlotState
 from batchrun.providers import Endpoint, resolve
 from batchrun.rates import prompt_tokens
-from batchrun.records import Asked, Request, RowFault, Slot
+from batchrun.records import Asked, Request, RowFault, RowSlots, Slot
 from batchrun.sink import check_schema
 from batchrun.source import Batch, Source
 from batchrun.template import NotRenderedError, Template
@@ -33,7 +33,7 @@ class Plan:
     """What a job asks for, and where its answers will stand.
 
     Attributes:
-        model: what requests call the model; for a GGUF file its name, not its path.
+        slots: those of each row; models as requests call them: a GGUF file by its name, not its path.
         weights: of the embedded server, if the job uses it and it is to be started.
         unbounded_row: the first row whose request sets no bound on its answer; known once all rows were read.
         outside_row: the first row whose request has the model read something that it does not hold.
@@ -46,19 +46,19 @@ class Plan:
         self,
         job: Job,
         endpoint: Endpoint,
-        model: str,
+        models: Sequence[str],
         weights: local.Weights | None = None,
         known: Mapping[str, Any] | None = None,
     ) -> None:
         self.job = job
         self.endpoint = endpoint
-        self.model = model
+        self.slots = RowSlots(tuple(models), job.samples)
         self.weights = weights
         self.unbounded_row: int | None = None
         self.outside_row: int | None = None
         self.source = Source(job, known)
-        self.template = Template(job, self.source.columns, endpoint, model)
-        self.result_schema = result_schema(streamed=job.stream, prefix=job.output.prefix)
+        self.templates = [Template(job, self.source.columns, endpoint, model) for model in models]
+        self.result_schema = result_schema(streamed=job.stream, sampled=job.samples > 1, prefix=job.output.prefix)
         self._refuse_collisions()
         self.schema = pa.schema([*self.source.schema, *self.result_schema])
         check_schema(self.schema)
@@ -72,20 +72,31 @@ class Plan:
         """
         endpoint = resolve(**job.provider.model_dump(), environ=environ)
         if endpoint.name != "local":
-            return cls(job, endpoint, job.model, None, known)
-        weights = local.find_weights(job.model, job.resolve(job.model))
-        return cls(job, replace(endpoint, identity=weights.identity), weights.name, weights, known)
+            return cls(job, endpoint, job.models, None, known)
+        (model,) = job.models
+        weights = local.find_weights(model, job.resolve(model))
+        return cls(job, replace(endpoint, identity=weights.identity), [weights.name], weights, known)
 
     @classmethod
     def to_read(cls, job: Job, identity: str) -> Plan:
         """The plan of a job that sends nothing. `identity`: of the endpoint that its answers come from."""
         endpoint = replace(resolve(**job.provider.model_dump(), environ=None), identity=identity)
-        is_file = endpoint.name == "local" and job.model != local.DEFAULT_MODEL
-        return cls(job, endpoint, Path(job.model).stem if is_file else job.model)
+        is_file = endpoint.name == "local" and job.models != [local.DEFAULT_MODEL]
+        return cls(job, endpoint, [Path(model).stem if is_file else model for model in job.models])
 
     def again(self) -> Plan:
         """The same job over its input as it is now."""
-        return Plan(self.job, self.endpoint, self.model, self.weights)
+        return Plan(self.job, self.endpoint, self.slots.models, self.weights)
+
+    @property
+    def requested(self) -> dict[str, str]:
+        """What the job calls each model."""
+        return dict(zip(self.slots.models, self.job.models, strict=True))
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns that a prompt needs."""
+        return self.templates[0].columns
 
     def is_placed_as(self, placed: Mapping[str, Any] | None) -> bool:
         """True if the files of the input are those that a run's answers were placed by. `placed`: the run's own."""
@@ -125,20 +136,20 @@ class Plan:
 
     def _is_alike(self, batch: Batch) -> bool:
         """True if each of the rows gives a request as surely as the first."""
-        if self.job.tokens_per_minute is not None or not self.template.never_fails(batch.rows):
+        if self.job.tokens_per_minute is not None or not self.templates[0].never_fails(batch.rows):
             return False
         return not self._looked_at(Batch(batch.start, batch.rows.slice(0, 1)), keyed=False).faults
 
     def _looked_at(self, batch: Batch, *, keyed: bool) -> Asked:
         """What rows ask for, one by one."""
         requests, faults = [], []
-        for row_index, row in enumerate(_plain_rows(batch, self.template.columns), batch.start):
-            request = self._request(row_index, row, keyed=keyed)
-            if isinstance(request, RowFault):
-                faults.append(request)
-            else:
-                self._note_bounds(request)
-                requests.append(request)
+        for row_index, row in enumerate(_plain_rows(batch, self.columns), batch.start):
+            for request in self._requests(row_index, row, keyed=keyed):
+                if isinstance(request, RowFault):
+                    faults.append(request)
+                else:
+                    self._note_bounds(request)
+                    requests.append(request)
         return Asked(batch.rows.num_rows, requests if keyed else (), faults)
 
     def _refuse_twice(self, batch: Batch, name: str, unique: UniqueValues) -> None:
@@ -160,23 +171,24 @@ class Plan:
         self, ledger: LedgerView, run: Run, rows: int, *, retry_failed: bool, only: Container[int] | None = None
     ) -> Iterator[Request]:
         """The slots that the ledger lacks an answer to, in order; of the rows in `only`, if it is given."""
-        for start, stop in ledger.unsettled(run, rows, retry_failed=retry_failed):
+        for start, stop in ledger.unsettled(run, self.slots, rows, retry_failed=retry_failed):
             self.source.refuse_change()
-            for batch in self.source.batches(self.template.columns, start, stop):
+            for batch in self.source.batches(self.columns, start, stop):
                 tries = self._wanted(ledger, run, batch.start, batch.start + batch.rows.num_rows, retry_failed, only)
                 if not tries:
                     continue
-                for row_index, row in enumerate(_plain_rows(batch, self.template.columns), batch.start):
-                    if row_index in tries:
-                        request = self._request(row_index, row)
-                        if isinstance(request, Request):
-                            yield request._replace(tries=tries[row_index]) if tries[row_index] else request
+                wanted = {slot.row_index for slot in tries}
+                for row_index, row in enumerate(_plain_rows(batch, self.columns), batch.start):
+                    for request in self._requests(row_index, row) if row_index in wanted else ():
+                        if isinstance(request, Request) and request.slot in tries:
+                            yield request._replace(tries=tries[request.slot]) if tries[request.slot] else request
 
     def pending_rows(self, ledger: LedgerView, run: Run, rows: int, *, retry_failed: bool) -> Iterator[int]:
         """The rows that `pending` would ask, without reading them."""
-        for first, last in ledger.unsettled(run, rows, retry_failed=retry_failed):
+        for first, last in ledger.unsettled(run, self.slots, rows, retry_failed=retry_failed):
             for start in range(first, last, _STATES_AT_ONCE):
-                yield from self._wanted(ledger, run, start, min(last, start + _STATES_AT_ONCE), retry_failed)
+                wanted = self._wanted(ledger, run, start, min(last, start + _STATES_AT_ONCE), retry_failed)
+                yield from dict.fromkeys(slot.row_index for slot in wanted)
 
     def _wanted(
         self,
@@ -186,21 +198,33 @@ class Plan:
         stop: int,
         retry_failed: bool,
         only: Container[int] | None = None,
-    ) -> dict[int, int]:
-        """The rows `start` ≤ index < `stop` that are to be asked, with the attempts that each has had."""
+    ) -> dict[Slot, int]:
+        """The slots of rows `start` ≤ index < `stop` that are to be asked, with the attempts that each has had."""
         states = ledger.states(run, start, stop)
         wanted = {}
         for row_index in range(start, stop):
             if only is None or row_index in only:
-                state = states.get(Slot(row_index, self.model))
-                if _is_wanted(state, retry_failed):
-                    wanted[row_index] = state.tries if state else 0
+                for slot in self.slots.of(row_index):
+                    state = states.get(slot)
+                    if _is_wanted(state, retry_failed):
+                        wanted[slot] = state.tries if state else 0
         return wanted
 
-    def _request(self, row_index: int, row: Mapping[str, Any], *, keyed: bool = True) -> Request | RowFault:
-        slot = Slot(row_index, self.model)
+    def _requests(self, row_index: int, row: Mapping[str, Any], *, keyed: bool = True) -> Iterator[Request | RowFault]:
+        """What each slot of a row asks for, in the order of `RowSlots.of`."""
+        for template in self.templates:
+            request = self._request(template, row_index, row, keyed=keyed)
+            yield request
+            for sample in range(1, self.slots.samples):
+                slot = request.slot._replace(sample=sample)
+                yield request._replace(slot=slot) if isinstance(request, Request) else replace(request, slot=slot)
+
+    def _request(
+        self, template: Template, row_index: int, row: Mapping[str, Any], *, keyed: bool
+    ) -> Request | RowFault:
+        slot = Slot(row_index, template.model)
         try:
-            request = self.template.request(row_index, row, keyed=keyed)
+            request = template.request(row_index, row, keyed=keyed)
         except NotRenderedError as exc:
             return RowFault(slot, str(exc))
         most = self.job.tokens_per_minute
@@ -261,7 +285,7 @@ def place(plan: Plan, ledger: Ledger, run: Run) -> int:
     Raises:
         JobError: the input is not as it should be.
     """
-    shape: list[Any] = [plan.job.request_shape(), plan.endpoint.identity, plan.endpoint.system, plan.model]
+    shape: list[Any] = [plan.job.request_shape(), plan.endpoint.identity, plan.endpoint.system, plan.slots]
     if plan.job.tokens_per_minute is not None:
         shape.append(plan.job.tokens_per_minute)  # by which rows are refused
     found = {"files": plan.source.seen, "shape": blake2b(repr(shape).encode(), digest_size=16).hexdigest()}
@@ -278,6 +302,7 @@ def place(plan: Plan, ledger: Ledger, run: Run) -> int:
         return int(placed["rows"])
 
     def known() -> dict[str, Any]:
-        return {**found, "bounds": [plan.unbounded_row, plan.outside_row], **plan.source.knowledge()}
+        bounds = [plan.unbounded_row, plan.outside_row]
+        return {**found, "slots_per_row": plan.slots.number, "bounds": bounds, **plan.source.knowledge()}
 
     return ledger.place(run, plan.asked(keyed=ledger.has_answers()), known)

@@ -32,17 +32,17 @@ def choose_pricing(
     prices: PricesSetting | None,
     endpoint: Endpoint,
     model: str,
-    entry: Callable[[], Mapping[str, Any] | None],
+    entry: Callable[[str], Mapping[str, Any] | None],
 ) -> Pricing:
     """The first of the sources that knows a price; a Pricing without a source if none does.
 
     Args:
         prices: of the job.
-        entry: the provider's list entry of the model, fetched when it is called; None if it has none.
+        entry: a model's entry in the provider's list, fetched when it is called; None if it has none.
     """
     listed = None
     if endpoint.price_query is not None:
-        found = entry()
+        found = entry(model)
         listed = listed_pricing(found, endpoint) if found is not None else None
     limits = listed.limits if listed is not None else Limits()
     if endpoint.name == "local":

@@ -6,7 +6,7 @@ Those that every row makes are named tuples: a frozen dataclass takes five times
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from enum import Enum
@@ -27,6 +27,25 @@ class Slot(NamedTuple):
     row_index: int
     model: str
     sample: int = 0
+
+
+class RowSlots(NamedTuple):
+    """Which slots each row of the input has."""
+
+    models: tuple[str, ...]
+    """As requests call them, in the job's order."""
+    samples: int = 1
+
+    @property
+    def number(self) -> int:
+        """Slots of a row."""
+        return len(self.models) * self.samples
+
+    def of(self, row_index: int) -> Iterator[Slot]:
+        """The slots of a row, in the order of the output."""
+        for model in self.models:
+            for sample in range(self.samples):
+                yield Slot(row_index, model, sample)
 
 
 class Action(Enum):
@@ -182,7 +201,7 @@ class Asked(NamedTuple):
 
     rows: int
     requests: Sequence[Request] = ()
-    """Those of all rows but the faulty; none where their keys are not needed."""
+    """Those of all slots but the faulty; none where their keys are not needed."""
     faults: Sequence[RowFault] = ()
 
 

@@ -12,7 +12,7 @@ import heapq
 import itertools
 import re
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from functools import cached_property
@@ -90,6 +90,7 @@ class Runner:
         budget: what they may cost.
         rates: how many may go out in a minute.
         clock: seconds, monotonic.
+        models: those that are asked; if one refuses all rows, the others go on.
         on_settled: called with every settlement, for the progress display.
         on_drained: called once there are no more rows to draw.
     """
@@ -108,6 +109,7 @@ class Runner:
         max_seconds: float,
         stop_seconds: float,
         clock: Callable[[], float],
+        models: Collection[str] = (),
         on_settled: Callable[[Settlement], None] = lambda settlement: None,
         on_drained: Callable[[], None] = lambda: None,
     ) -> None:
@@ -128,6 +130,9 @@ class Runner:
         self._journal = _Journal(ledger, run, self._fail, gap=_DURABLE_GAP if budget.is_durable else 0.0)
         self._health = _Health(max_attempts, max_seconds, clock())
         self._turn = asyncio.Lock()
+        self._models = models
+        self._refused: dict[str, Stop] = {}
+        """Models that refuse all rows, and why."""
         self._waiting: list[_Work] = []
         self._order = itertools.count()
         self._is_exhausted = False
@@ -161,6 +166,8 @@ class Runner:
                 break
             except Exception as exc:  # noqa: BLE001 - how the run ended must be told all the same
                 self._fail(exc)
+        if self.stop is None:
+            self.stop = next(iter(self._refused.values()), None)
         if self.stop is not None and self.stop.exit_code in _SIGNALLED and not self._has_left():
             self.stop = None  # the signal came when all was done
         return self.stop
@@ -215,6 +222,8 @@ class Runner:
             if not self._is_exhausted and len(self._waiting) < _WAITING_PER_SLOT * self._concurrency:
                 request = next(self._requests, None)
                 if request is not None:
+                    if request.slot.model in self._refused:
+                        continue
                     self._undecided += 1
                     return _Work(now, next(self._order), request, tries=request.tries)
                 self._is_exhausted = True
@@ -297,14 +306,14 @@ class Runner:
     def _decide(self, work: _Work, exchange: Exchange) -> tuple[bool, Stop | None]:
         """Whether the exchange decides its slot, and whether it ends the run."""
         failure = exchange.failure
-        stop = self._health.note(exchange, self._clock(), work.tries - work.request.tries)
+        stop = self._health.note(work.request.slot.model, exchange, self._clock(), work.tries - work.request.tries)
         if failure is None:
             return True, None
         match failure.action:
             case Action.STOP:
                 return False, _refused(failure)
             case Action.REJECT:
-                return True, stop or self._health.note_rejected(failure)
+                return True, stop or self._note_rejected(work.request.slot.model, failure)
             case Action.RETRY | Action.PACE:
                 if work.retry_state is None:
                     work.retry_state = self._retries.begin(work.started or self._clock())
@@ -325,6 +334,12 @@ class Runner:
                     heapq.heappush(self._waiting, work)
                     return False, None
                 return True, None
+
+    def _note_rejected(self, model: str, failure: Failure) -> Stop | None:
+        stop = self._health.note_rejected(model, failure)
+        if stop is not None:
+            self._refused[model] = stop
+        return stop if len(self._refused) >= len(self._models) else None
 
     def _fail(self, exc: Exception) -> None:
         """An exception ends the sending, but never what is in flight."""
@@ -507,18 +522,19 @@ class _Health:
         self._refused_in_a_row = 0
         self._attempts = 0
         self._only_unreachable = True
-        self._rejected: set[str] = set()
-        self._settled_rows = 0
+        self._rejected: dict[str, set[str]] = {}
+        """The words in which each model has refused rows; the empty ones for a row that it has not."""
+        self._settled_rows: dict[str, int] = {}
 
-    def note(self, exchange: Exchange, now: float, tries: int) -> Stop | None:
+    def note(self, model: str, exchange: Exchange, now: float, tries: int) -> Stop | None:
         """Take an exchange; a Stop if the provider seems to be gone. `tries`: of this row, in this invocation."""
         self._attempts += 1
         failure = exchange.failure
         if failure is None or (failure.action is Action.REJECT and failure.kind in _ROWS_OWN):
             # An answer, or a refusal of this very row: the provider is there.
             if failure is None:
-                self._rejected.add("")
-            self._settled_rows += 1
+                self._rejected.setdefault(model, set()).add("")
+            self._settled_rows[model] = self._settled_rows.get(model, 0) + 1
             self._last_success, self._failed_since, self._only_unreachable = now, 0, False
             self._walls.clear()
             self._refused_in_a_row = 0
@@ -545,10 +561,11 @@ class _Health:
         """True if any row was answered or refused after a moment by the clock."""
         return moment is not None and self._last_success > moment
 
-    def note_rejected(self, failure: Failure) -> Stop | None:
-        """Take a refused row; a Stop if the first rows were all refused in the same words."""
-        if self._settled_rows <= _FIRST:
-            self._rejected.add(re.sub(r"\d+", "#", f"{failure.kind} {failure.message}"))
-        if self._settled_rows == _FIRST and len(self._rejected) == 1:
-            return Stop(ExitCode.PROVIDER, "refused", f"the first {_FIRST} rows were all refused: {failure}")
+    def note_rejected(self, model: str, failure: Failure) -> Stop | None:
+        """Take a refused row; a Stop if the first rows of its model were all refused in the same words."""
+        settled, words = self._settled_rows.get(model, 0), self._rejected.setdefault(model, set())
+        if settled <= _FIRST:
+            words.add(re.sub(r"\d+", "#", f"{failure.kind} {failure.message}"))
+        if settled == _FIRST and len(words) == 1:
+            return Stop(ExitCode.PROVIDER, "refused", f"the first {_FIRST} rows of {model} were all refused: {failure}")
         return None

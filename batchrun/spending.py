@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from decimal import Decimal
+from functools import cache
 from typing import Any
 
 from batchrun import accounts
@@ -25,16 +26,16 @@ from batchrun.summary import Summary
 _PERIODS = {"run": "this run", "day": "today (UTC)", "month": "this month (UTC)"}
 
 
-def pricing_of(
+def pricings_of(
     job: Job,
     endpoint: Endpoint,
-    model: str,
+    models: Iterable[str],
     ledger: LedgerView | None,
     *,
     is_offline: bool = False,
     say: Callable[[str], None],
-) -> Pricing:
-    """The price that a model has now. The provider's list is asked for again only if it has changed.
+) -> dict[str, Pricing]:
+    """The price that each model has now. The provider's list is asked for again only if it has changed.
 
     Args:
         ledger: keeps the list; None if there is none yet. It is written to only if it is a `Ledger`.
@@ -43,7 +44,8 @@ def pricing_of(
     """
     url = endpoint.url("models")
 
-    def entry() -> Mapping[str, Any] | None:
+    @cache
+    def published() -> bytes | None:
         kept = ledger.price_list(url) if ledger is not None else None
         etag, fetched_at, body = kept if kept is not None else (None, 0, None)
         fetched = price_list(endpoint, etag) if not is_offline else None
@@ -55,12 +57,16 @@ def pricing_of(
             day = datetime.fromtimestamp(fetched_at / 1e6, UTC).date()
             say(f"the price list of {endpoint.name} {'was not asked for' if is_offline else 'cannot be had'}: "
                 f"prices are those of {day}")  # fmt: skip
+        return body
+
+    def entry(model: str) -> Mapping[str, Any] | None:
+        body = published()
         return model_entry(body, model) if body is not None else None
 
-    return choose_pricing(job.prices, endpoint, model, entry)
+    return {model: choose_pricing(job.prices, endpoint, model, entry) for model in models}
 
 
-def open_budget(plan: Plan, ledger: Ledger, run: Run, pricing: Pricing) -> Budget:
+def open_budget(plan: Plan, ledger: Ledger, run: Run, pricings: Mapping[str, Pricing]) -> Budget:
     """The budget of an invocation.
 
     Raises:
@@ -70,10 +76,10 @@ def open_budget(plan: Plan, ledger: Ledger, run: Run, pricing: Pricing) -> Budge
     setting = plan.job.budget
     now = now_us()
     if setting is None:
-        budget = Budget(pricing)
-        _keep_prices(ledger, pricing, budget, now)
+        budget = Budget(pricings)
+        _keep_prices(ledger, pricings, budget, now)
         return budget
-    refuse_boundless(plan, pricing, now)
+    refuse_boundless(plan, pricings, now)
     cap = Cap(to_pico(setting.usd), setting.per)
     of_run, since = run if setting.per == "run" else None, cap.began(now)
     taken = accounts.held(ledger, of_run, since)
@@ -85,11 +91,12 @@ def open_budget(plan: Plan, ledger: Ledger, run: Run, pricing: Pricing) -> Budge
             f"{'finish this run without budget:' if setting.per == 'run' else f'wait for the next {setting.per}'}, "
             "or begin anew with another name:"
         )
-    budget = Budget(pricing, cap=cap, factor=setting.factor, held=taken.pico)
-    for usage, sent_at, usd in accounts.reported(ledger, run, plan.model):
-        budget.learn(usage, sent_at, usd)
+    budget = Budget(pricings, cap=cap, factor=setting.factor, held=taken.pico)
+    for model in pricings:
+        for usage, sent_at, usd in accounts.reported(ledger, run, model):
+            budget.worst[model].learn(usage, sent_at, usd)
     excess = accounts.overcharge(ledger, of_run, since)
-    _keep_prices(ledger, pricing, budget, now)
+    _keep_prices(ledger, pricings, budget, now)
     if excess is not None and _is_as_then(plan.job, excess[2]):
         usd, reserved, _ = excess
         factor = needed_factor(to_pico(usd), to_pico(reserved), setting.factor or Decimal(1))
@@ -100,10 +107,14 @@ def open_budget(plan: Plan, ledger: Ledger, run: Run, pricing: Pricing) -> Budge
     return budget
 
 
-def _keep_prices(ledger: Ledger, pricing: Pricing, budget: Budget, now: int) -> None:
-    snapshot = pricing.snapshot(now)
-    if snapshot is not None:
-        ledger.keep_prices(snapshot | {"factor": str(budget.factor)})
+def _keep_prices(ledger: Ledger, pricings: Mapping[str, Pricing], budget: Budget, now: int) -> None:
+    kept = {
+        model: snapshot | {"factor": str(budget.worst[model].factor)}
+        for model, pricing in pricings.items()
+        if (snapshot := pricing.snapshot(now)) is not None
+    }
+    if kept:
+        ledger.keep_prices(kept)
 
 
 def _is_as_then(job: Job, then: Mapping[str, Any]) -> bool:
@@ -113,17 +124,22 @@ def _is_as_then(job: Job, then: Mapping[str, Any]) -> bool:
     return factors[1] <= factors[0] and then.get("prices") == now.get("prices")
 
 
-def refuse_boundless(plan: Plan, pricing: Pricing, now: int) -> None:
+def refuse_boundless(plan: Plan, pricings: Mapping[str, Pricing], now: int) -> None:
     """Refuse a capped job whose worst case has no end; after its rows were read.
 
     Raises:
         JobError: it says what to add.
     """
+    for model, pricing in pricings.items():
+        _refuse_boundless(plan, plan.requested[model], pricing, now)
+
+
+def _refuse_boundless(plan: Plan, model: str, pricing: Pricing, now: int) -> None:
     price = pricing.price_at(now)
-    job, name = plan.job, plan.endpoint.name
+    name = plan.endpoint.name
     if price is None:
         raise JobError(
-            f"budget: no price is known for the model {job.model!r} at {name}, and without one no cap can hold: add "
+            f"budget: no price is known for the model {model!r} at {name}, and without one no cap can hold: add "
             "prices: {input_mtok: …, output_mtok: …} (dollars per million tokens)"
         )
     if price.is_free:
@@ -131,12 +147,12 @@ def refuse_boundless(plan: Plan, pricing: Pricing, now: int) -> None:
     if plan.unbounded_row is not None and pricing.limits.completion_tokens is None:
         raise JobError(
             f"budget: nothing bounds the answer to row {plan.unbounded_row + 1}, and {name} publishes no limit for "
-            f"{job.model!r}: add parameters: {{max_tokens: …}}"
+            f"{model!r}: add parameters: {{max_tokens: …}}"
         )
     if plan.outside_row is not None and pricing.limits.context_tokens is None:
         raise JobError(
             f"budget: the request of row {plan.outside_row + 1} has the model read something elsewhere (an image or "
-            f"file by its address, a search), and {name} publishes no context length for {job.model!r}: send it in "
+            f"file by its address, a search), and {name} publishes no context length for {model!r}: send it in "
             "the message (data:…), or take budget: out"
         )
 

@@ -23,8 +23,10 @@ class Summary:
     job: str
     run_id: str
     provider: str
-    model: str
+    model: str | list[str]
     rows: int
+    """Slots: rows of the input times models times samples."""
+    input_rows: int
     totals: Totals
     exit_code: int
     reason: str | None
@@ -57,6 +59,7 @@ class Summary:
             "provider": self.provider,
             "model": self.model,
             "rows": self.rows,
+            "input_rows": self.input_rows,
             "ok": totals.ok,
             "failed": totals.failed,
             "pending": self.pending,

@@ -80,6 +80,7 @@ class Template:
     """A job's prompt and parameters, compiled once.
 
     Attributes:
+        model: as requests call it.
         columns: the columns that the templates use; what else a row has need not be read.
 
     Raises:
@@ -93,7 +94,7 @@ class Template:
         self._unknown: dict[str, str] = {}
         self._faults: list[str] = []
         self._endpoint = endpoint
-        self._model = model
+        self.model = model
         self._renders: list[_Renderer] = []
         """What gives the values for the holes in the messages and parameters."""
         self._fillings: list[Filling] = []
@@ -141,10 +142,10 @@ class Template:
         values = self._values(row)
         if self._compiled is not None:
             _refuse_blank(self._asked, values)
-            return self._compiled.request(Slot(row_index, self._model), values, keyed=keyed)
+            return self._compiled.request(Slot(row_index, self.model), values, keyed=keyed)
         # Where the roles come from the row, so does the form of the request.
         requests = self._requests(self._conversation(row, values))
-        return requests.request(Slot(row_index, self._model), values, keyed=keyed)
+        return requests.request(Slot(row_index, self.model), values, keyed=keyed)
 
     def never_fails(self, rows: pa.RecordBatch) -> bool:
         """True if each of these rows surely gives a request, all of one shape.
@@ -171,7 +172,7 @@ class Template:
         return self._conversation(row, self._values(row))
 
     def _requests(self, messages: Sequence[Mapping[str, Any]]) -> _Requests:
-        body = request_body(self._model, messages, self._parameters, system=self._endpoint.system)
+        body = request_body(self.model, messages, self._parameters, system=self._endpoint.system)
         try:
             return _Requests(body, self._endpoint, self._stream)
         except (ValueError, TypeError, RecursionError, MemoryError) as exc:

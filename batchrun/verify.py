@@ -204,7 +204,8 @@ def _check_runs(ledger: LedgerView, verdict: Verdict) -> None:
     for number, run_id, started_at, state in ledger.rows("SELECT run, run_id, started_at, state FROM run"):
         run = Run(number, run_id, started_at, state, is_new=False)
         placed = ledger.placed_input(run)
-        if state == "finished" and placed is not None and (left := placed["rows"] - sum(ledger.counts(run))):
+        slots = placed["rows"] * placed.get("slots_per_row", 1) if placed is not None else 0
+        if state == "finished" and placed is not None and (left := slots - sum(ledger.counts(run))):
             verdict.blame(
                 f"run {run_id} is finished, and {left} of its rows are neither answered nor failed (promise 1)"
             )
@@ -324,7 +325,7 @@ def _check_output(job: Job, ledger: LedgerView, verdict: Verdict) -> None:
     if placed is None or not plan.is_placed_as(placed):
         verdict.notes.append("the input has changed since: the rows of the output were not compared")
         _check_manifest(
-            summarise(plan, ledger, run, int(manifest.get("rows", 0))).manifest(), manifest, output, verdict
+            summarise(plan, ledger, run, int(manifest.get("input_rows", 0))).manifest(), manifest, output, verdict
         )
         return
     summary = summarise(plan, ledger, run, int(placed["rows"]))

@@ -18,7 +18,7 @@ log for every request: what was asked, what it answered and what it charged. A p
 
 Started as `python fake_provider.py LOG OPTIONS` with OPTIONS as JSON: `p400`, `p429`, `p500`, `p_hangup`, `p_half`,
 `p_silent` (shares of requests), `seed`, `latency`, `retry_after`, `bill` (`meta`, `credits`, `header`, `none`, `mix`),
-`charge` (a factor on its prices), `wordy` (answers of any length up to max_tokens), `refuse_after`, `body`, `bytes`,
+`charge` (a factor on its prices), `wordy` (answers of any length up to max_tokens), `refuse_after`, `withdrawn` (models), `body`, `bytes`,
 `port`, `replay`, `models`, `deprecations` (lists for the GETs of those names), `get` (see `answer_badly`), `stray` (an
 answer that nobody asked for, sent after a failure on the same connection). It prints its port.
 
@@ -168,6 +168,8 @@ class Provider:
             return await self.fail(401, record, script, writer)
         if options.get("refuse_after") is not None and self.count > options["refuse_after"]:
             return await self.fail(403, record, script, writer)
+        if body.get("model") in options.get("withdrawn", ()):
+            return await self.fail(404, record, script, writer)
         replay = script.get("replay") or options.get("replay")
         if replay:
             return await self.replay(replay, record, writer)

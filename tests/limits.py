@@ -269,7 +269,7 @@ def course(
 
     async def drive() -> Stop | None:
         runner = Runner(
-            ledger, run, provider, requests(), Budget(Pricing()), Rates(None, None), concurrency=concurrency,
+            ledger, run, provider, requests(), Budget({"m": Pricing()}), Rates(None, None), concurrency=concurrency,
             max_attempts=6, max_seconds=900.0, stop_seconds=60.0, clock=loop.time, on_settled=settled,
         )  # fmt: skip
 

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchrun.budget import Budget, Cap, PromptBound
+from batchrun.budget import Budget, Cap, PromptBound, WorstCase
 from batchrun.ledger import Ledger
 from batchrun.money import Cost
 from batchrun.prices import Price, Pricing
@@ -295,7 +295,7 @@ def test_a_new_day_begins_anew_and_a_clock_set_back_does_not() -> None:
     price = Price(Decimal(0), Decimal(0), request_usd=Decimal(1))
     midnight = 1795219200_000_000
     now = midnight - 1_000_000
-    budget = Budget(Pricing.fixed("job", price), cap=Cap(2 * 10**12, "day"), clock=lambda: now)
+    budget = Budget({"m": Pricing.fixed("job", price)}, cap=Cap(2 * 10**12, "day"), clock=lambda: now)
     request = Request(Slot(0, "m"), "k", b"x")
     exchange = Exchange("ok", cost=Cost(Decimal(1), "reported"))
 
@@ -368,21 +368,21 @@ def test_the_long_fixed_part_of_a_prompt_counts_by_its_measure() -> None:
 
 def test_a_library_price_counts_half_as_much_again_until_a_cost_was_reported() -> None:
     price = Price(Decimal(3), Decimal(15))
-    budget = Budget(Pricing("library", lambda at: price))
-    assert budget.factor == Decimal("1.5")
-    budget.learn(Usage(1000, 500), 0, Decimal("0.0105"))
-    assert budget.factor == 1
+    worst = WorstCase(Pricing("library", lambda at: price), None)
+    assert worst.factor == Decimal("1.5")
+    worst.learn(Usage(1000, 500), 0, Decimal("0.0105"))
+    assert worst.factor == 1
     # AI/ML API charges 1.3 of the list: that is measured, with a margin.
-    budget.learn(Usage(1000, 500), 0, Decimal("0.01365"))
-    assert budget.factor == Decimal("1.43")
+    worst.learn(Usage(1000, 500), 0, Decimal("0.01365"))
+    assert worst.factor == Decimal("1.43")
     # Credits in the token fields say nothing about the price.
-    budget.learn(Usage(50000, 63000), 0, Decimal("0.0000001"))
-    assert budget.factor == Decimal("1.43")
+    worst.learn(Usage(50000, 63000), 0, Decimal("0.0000001"))
+    assert worst.factor == Decimal("1.43")
 
 
 def test_the_factor_of_the_job_is_taken_at_its_word() -> None:
-    budget = Budget(Pricing("library", lambda at: Price(Decimal(3), Decimal(15))), factor=Decimal(1))
-    assert budget.factor == 1
+    worst = WorstCase(Pricing("library", lambda at: Price(Decimal(3), Decimal(15))), Decimal(1))
+    assert worst.factor == 1
 
 
 def test_a_period_begins_at_midnight_utc() -> None:

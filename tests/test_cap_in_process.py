@@ -86,14 +86,14 @@ def storm(seed: int, folder: Path, rows: int) -> None:
         run = ledger.current_run()
         ledger.begin_invocation(run, job={}, endpoint="e")
         ledger.place(run, [Asked(len(requests), requests)], dict)
-        budget = Budget(PRICING, cap=cap, held=accounts.held(ledger, run, 0).pico)
+        budget = Budget({"m": PRICING}, cap=cap, held=accounts.held(ledger, run, 0).pico)
         stop = _invoke(ledger, run, provider, requests, budget)
         assert stop is not None
         assert (stop.exit_code, stop.reason) == (ExitCode.LIMIT, "budget"), stop.message
         bill = sum(provider.billed.values(), Decimal(0))
         taken = accounts.held(ledger, run, 0)
         assert bill <= from_pico(cap.pico)
-        dearest = max(budget.most_pico(request, 0) or 0 for request in requests)
+        dearest = max(budget.worst["m"].pico(request, 0) or 0 for request in requests)
         assert cap.pico - dearest < taken.pico <= cap.pico
         totals = accounts.totals(ledger, run)
         unknown = {name for (name,) in ledger.rows("SELECT client_request_id FROM charged WHERE usd_pico IS NULL")}
@@ -120,8 +120,8 @@ def _invoke(ledger: Ledger, run: Run, provider: Provider, requests: list[Request
     async def drive() -> Stop | None:
         endpoint = resolve("mine", environ={}, base_url="http://127.0.0.1:1/v1")
         async with ChatSender(
-            endpoint, concurrency=200, timeout_seconds=60, max_response_bytes=10**6, streamed=False, pricing=PRICING,
-            transport=httpx.MockTransport(provider),
+            endpoint, concurrency=200, timeout_seconds=60, max_response_bytes=10**6, streamed=False,
+            pricings={"m": PRICING}, transport=httpx.MockTransport(provider),
         ) as sender:  # fmt: skip
             runner = Runner(
                 ledger, run, sender, pending(), budget, Rates(None, None), concurrency=200, max_attempts=6,

@@ -57,7 +57,7 @@ def test_all_faults_come_at_once_with_line_and_nearest_name(tmp_path: Path) -> N
         ("schema: {type: object}", "schema: not yet supported"),
         ("evaluate: {expected: x}", "evaluate: not yet supported"),
         ("reuse: true", "reuse: other than false is not yet supported"),
-        ("samples: 3", "samples: other than 1 is not yet supported"),
+        ("samples: 0", "samples: should be greater than or equal to 1"),
     ],
 )
 def test_keys_of_later_parts_are_refused_rather_than_ignored(tmp_path: Path, line: str, said: str) -> None:
@@ -65,7 +65,10 @@ def test_keys_of_later_parts_are_refused_rather_than_ignored(tmp_path: Path, lin
 
 
 def test_a_list_of_models_is_not_yet_supported(tmp_path: Path) -> None:
-    assert "model: a list of models is not yet supported" in fault(tmp_path, GOOD.replace("model: m", "model: [a, b]"))
+    assert "model: 'a' stands in the list twice" in fault(tmp_path, GOOD.replace("model: m", "model: [a, b, a]"))
+    assert "should be the id of a model, or a list of them (is [])" in fault(
+        tmp_path, GOOD.replace("model: m", "model: []")
+    )
 
 
 @pytest.mark.parametrize(

@@ -201,7 +201,7 @@ def test_two_signals_at_once_are_no_bug(tmp_path: Path) -> None:
             run,
             Never(),
             iter(requests),
-            Budget(Pricing()),
+            Budget({"m": Pricing()}),
             Rates(None, None),
             concurrency=2,
             max_attempts=1,

@@ -216,9 +216,9 @@ def snapshot(work: Workspace) -> dict[str, Any]:
     db = sqlite3.connect(work.ledger)
     (text,) = db.execute("SELECT prices FROM invocation ORDER BY invocation DESC LIMIT 1").fetchone()
     db.close()
-    found = json.loads(text)
-    assert isinstance(found, dict)
-    return found
+    (of_model,) = json.loads(text).values()
+    assert isinstance(of_model, dict)
+    return of_model
 
 
 def test_the_published_price_makes_up_for_what_is_not_reported(work: Workspace, provide: Provide) -> None:

@@ -78,7 +78,7 @@ def play(
 
     async def drive() -> None:
         runner = Runner(
-            ledger, run, server, iter(requests), budget or Budget(Pricing()), rates, concurrency=concurrency,
+            ledger, run, server, iter(requests), budget or Budget({"m": Pricing()}), rates, concurrency=concurrency,
             max_attempts=6, max_seconds=900, stop_seconds=60, clock=loop.time,
         )  # fmt: skip
         assert await runner.run() is None
@@ -132,7 +132,7 @@ def test_rows_that_wait_for_money_do_not_come_all_at_once(quick_path: Path) -> N
     pricing = Pricing.fixed("job", Price(Decimal(1), Decimal(0)))  # a dollar for a million bytes
     server = Server(90.0, 10)
     # As long as the first is under way, there is no money for any other.
-    budget = Budget(pricing, cap=Cap(to_pico(Decimal(1)), "run"))
+    budget = Budget({"m": pricing}, cap=Cap(to_pico(Decimal(1)), "run"))
     play(quick_path, server, Rates(60, None), [999_000] + [3_000] * 200, 300, budget)
     assert server.asked[1][0] >= 90
     # Between its permit and its sending a request waits for the disk, some for longer than others.
