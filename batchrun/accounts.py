@@ -301,6 +301,12 @@ def totals(ledger: LedgerView, run: Run) -> Totals:
         "JOIN charged USING (run, row_index, model, sample, key) WHERE run = ? AND to_row IS NULL",
         (run.run,),
     )
+    ((reused, *saved, reused_unknown),) = ledger.rows(
+        f"SELECT count(*), {_USD}, coalesce(sum(usd_pico IS NULL), 0) FROM reused JOIN charged ON "
+        "charged.run = source_run AND charged.row_index = source_row AND charged.model = reused.model "
+        "AND charged.sample = reused.sample AND charged.key = reused.key WHERE reused.run = ? AND outcome = 'ok'",
+        (run.run,),
+    )
     failures = ledger.rows(
         "SELECT error_kind, count(*), min(error) FROM ("
         "SELECT at, model, sample, max(attempt_id) AS attempt_id, max(outcome = 'ok') AS ok "
@@ -332,6 +338,8 @@ def totals(ledger: LedgerView, run: Run) -> Totals:
         attempts=sums[7],
         unplaced=unplaced[2],
         unplaced_usd=from_pico(_summed(*unplaced[:2])),
+        reused=reused,
+        saved_usd=from_pico(_summed(*saved)) if not reused_unknown else None,
         failures=[*((kind or "", number, error or "") for kind, number, error in failures),
                   *([faults] if faults[1] else [])],
         flags=dict(sorted(flags.items())),

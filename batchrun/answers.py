@@ -45,11 +45,13 @@ _COLUMNS: tuple[tuple[str, pa.DataType], ...] = (
 )
 _FIRST_TOKEN = ("first_token_seconds", pa.float64())
 _SAMPLE = ("sample", pa.int64())
+_REUSED = ("reused", pa.bool_())
 
 
-def result_schema(*, streamed: bool, sampled: bool = False, prefix: str = "") -> pa.Schema:
+def result_schema(*, streamed: bool, sampled: bool = False, reuses: bool = False, prefix: str = "") -> pa.Schema:
     """The result columns: from the job alone, so that every run of a job has the same."""
-    columns = (*_COLUMNS, *([_FIRST_TOKEN] if streamed else []), *([_SAMPLE] if sampled else []))
+    optional = ((streamed, _FIRST_TOKEN), (sampled, _SAMPLE), (reuses, _REUSED))
+    columns = (*_COLUMNS, *(column for is_wanted, column in optional if is_wanted))
     return pa.schema([(prefix + name, kind) for name, kind in columns])
 
 
@@ -129,7 +131,7 @@ class Results:
         unknown = 0
         for attempt in attempts:
             if attempt.usd_pico is None:
-                unknown += 1
+                unknown += not attempt.is_reused
             else:
                 self.counts.usd_pico += attempt.usd_pico
             if answered is None and attempt.outcome == "ok":
@@ -139,8 +141,9 @@ class Results:
             "requested_model": self._requested[slot.model],
             "sample": slot.sample,
             "run_id": self._run_id,
-            "attempts": len(attempts),
+            "attempts": sum(not attempt.is_reused for attempt in attempts),
             "unknown_attempts": unknown,
+            "reused": any(attempt.is_reused for attempt in attempts),
             "flags": [],
             "usd_spent": usd_spent,
             "cost_source": cost_source,

@@ -149,11 +149,14 @@ def _announce(context: _Context, rows: int) -> int:
     if not current.is_new:
         of = rows * context.plan.slots.number
         say(f"going on with run {current.run_id}: {ok} of {of} rows are answered, {failed} failed")
+    elif context.plan.job.reuse:
+        if ok:
+            say(f"{ok} rows are answered by earlier runs, for nothing")
     elif context.options.sample is None and (earlier := ledger.earlier_answers(current)) is not None:
         cost = f"about ${usd_text(round(earlier.usd, 6))}" if earlier.usd is not None else "at a cost not known"
         say(
             f"{earlier.slots} rows that run {earlier.run_id} answered will be asked and paid for again, "
-            f"{cost}; reuse is off"
+            f"{cost}; `reuse: true` in the job would take them for nothing"
         )
     return ok + failed
 

@@ -267,7 +267,9 @@ class Job(_Setting):
     retry: RetrySetting = RetrySetting()
     budget: BudgetSetting | None = None
     prices: PricesSetting | None = None
-    reuse: bool = Field(False, description=_NOT_YET)
+    reuse: bool = Field(
+        False, description="Take answers that earlier runs of the job have paid for, and ask equal requests once."
+    )
     labels: Any = Field(None, description=_NOT_YET)
     schema_: Any = Field(None, alias="schema", description=_NOT_YET)
     evaluate: Any = Field(None, description=_NOT_YET)
@@ -281,13 +283,6 @@ class Job(_Setting):
     def _later(cls, value: Any) -> Any:
         if value is not None:
             raise ValueError(_NOT_YET)
-        return value
-
-    @field_validator("reuse", mode="before")
-    @classmethod
-    def _no_reuse(cls, value: Any) -> Any:
-        if value is not False:
-            raise ValueError(f"other than false is {_NOT_YET}")
         return value
 
     @field_validator("model", mode="before")
@@ -360,7 +355,9 @@ class Job(_Setting):
     def request_shape(self) -> dict[str, Any]:
         """What of the job changes the requests or the rows: with an unchanged input, the same shape asks the same."""
         return self.model_dump(
-            mode="json", include={"prompt", "model", "samples", "parameters", "input", "provider"}, by_alias=True
+            mode="json",
+            include={"prompt", "model", "samples", "parameters", "input", "provider", "reuse"},
+            by_alias=True,
         )
 
     def snapshot(self) -> dict[str, Any]:
@@ -370,7 +367,7 @@ class Job(_Setting):
     def with_shape_of(self, snapshot: Mapping[str, Any]) -> Job:
         """This job with what shapes the request taken from an earlier snapshot of it."""
         now = self.snapshot()
-        shaping = ("prompt", "model", "samples", "parameters", "provider")
+        shaping = ("prompt", "model", "samples", "parameters", "provider", "reuse")
         merged = {name: value for name, value in now.items() if name not in shaping}
         merged |= {name: value for name, value in snapshot.items() if name in shaping}
         job = Job.model_validate(merged)

@@ -255,18 +255,22 @@ class Ledger(LedgerView):
             (run.run, self._invocation),
         )
 
-    def place(self, run: Run, asked: Iterable[Asked], found: Callable[[], dict[str, Any]]) -> int:
+    def place(
+        self, run: Run, asked: Iterable[Asked], found: Callable[[], dict[str, Any]], *, reuses: bool = False
+    ) -> int:
         """Take what the input asks for now, and find every group of the run the row that it stands in.
 
         Args:
             asked: drawn once, in the order of the input; only keys are kept, on disk and for this call. Without keys,
-                if there are no groups.
+                if there are no groups and nothing is reused.
+            reuses: slots without an answer take one that has the same key and sample, of this run or an earlier one;
+                of those that have none, only the first is to be asked.
             found: called after the last row: what the input is known by; kept with the number of rows.
 
         Returns:
             The number of rows.
         """
-        needs_keys = self.has_answers()
+        needs_keys = self.has_answers() or reuses
         rows = 0
         self._execute_script(
             "DROP TABLE IF EXISTS temp.asked; CREATE TEMP TABLE asked ("
@@ -284,9 +288,14 @@ class Ledger(LedgerView):
                     keys = [(*item.slot, item.key) for item in items if item.key is not None]
                     self._db.executemany("INSERT INTO temp.asked VALUES (?, ?, ?, ?)", keys)
             self._db.execute("DELETE FROM moved WHERE run = ?", (run.run,))
+            self._db.execute("DELETE FROM reused WHERE run = ?", (run.run,))
             if needs_keys:
                 for statement in _PLACE.format(run=run.run).split(";"):
                     self._db.execute(statement)
+            if reuses:
+                for statement in _REUSE.format(run=run.run).split(";"):
+                    self._db.execute(statement)
+            if needs_keys:
                 self._db.execute(
                     "DELETE FROM row_fault WHERE run = :run AND (row_index, model, sample) IN "
                     f"(SELECT at, model, sample FROM ({self.standing_sql(run)}) WHERE outcome = 'ok')",
@@ -582,6 +591,38 @@ _PLACE = """
         FROM offered LEFT JOIN open_slots USING (key, model, sample, place);
     DROP TABLE temp.grouped;
     DROP TABLE temp.displaced
+"""
+
+# Slots that are asked and have no answer of their own: they take the newest one with the same key and sample; where
+# there is none, they follow the first of them. A slot that a group was moved to is not followed: what will become of it
+# stands in two places.
+_REUSE = """
+    DROP TABLE IF EXISTS temp.wanting;
+    CREATE TEMP TABLE wanting (
+        key TEXT, sample INTEGER, row_index INTEGER, model TEXT, PRIMARY KEY (key, sample, row_index, model)
+    ) WITHOUT ROWID;
+    INSERT INTO temp.wanting SELECT key, sample, row_index, model FROM temp.asked WHERE NOT EXISTS (
+            SELECT 1 FROM attempt WHERE run = {run} AND attempt.row_index = asked.row_index
+            AND attempt.model = asked.model AND attempt.sample = asked.sample AND attempt.key = asked.key
+            AND outcome = 'ok')
+        AND NOT EXISTS (
+            SELECT 1 FROM moved WHERE moved.run = {run} AND to_row = asked.row_index
+            AND moved.model = asked.model AND moved.sample = asked.sample AND moved.key = asked.key);
+    INSERT INTO reused
+        SELECT {run}, wanting.row_index, wanting.model, sample, key, found.run, found.row_index
+        FROM (
+            SELECT attempt.key, attempt.sample, max(attempt_id), attempt.run, attempt.row_index
+            FROM attempt WHERE outcome = 'ok' AND EXISTS (
+                SELECT 1 FROM temp.wanting WHERE wanting.key = attempt.key AND wanting.sample = attempt.sample)
+            GROUP BY attempt.key, attempt.sample
+        ) AS found JOIN temp.wanting USING (key, sample);
+    INSERT OR IGNORE INTO reused
+        SELECT {run}, wanting.row_index, wanting.model, sample, key, {run}, first.row_index
+        FROM (
+            SELECT key, sample, min(row_index) AS row_index FROM temp.wanting GROUP BY key, sample HAVING count(*) > 1
+        ) AS first JOIN temp.wanting USING (key, sample)
+        WHERE wanting.row_index > first.row_index;
+    DROP TABLE temp.wanting
 """
 
 

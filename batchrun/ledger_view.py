@@ -40,6 +40,8 @@ class SlotState(NamedTuple):
     is_answered: bool
     is_failed: bool
     tries: int
+    is_reused: bool = False
+    """It takes what becomes of another slot, and is never asked itself."""
 
 
 class Snapshot(NamedTuple):
@@ -164,12 +166,18 @@ class LedgerView:
         found: dict[Slot, SlotState] = {}
         with storage(self.path):
             rows = self._db.execute(
-                f"SELECT at, model, sample, max(outcome = 'ok'), {NEWEST_IS_FINAL}, count(*) "
+                f"SELECT at, model, sample, max(outcome = 'ok'), {NEWEST_IS_FINAL}, count(*), max(is_reused) "
                 f"FROM ({self.standing_sql(run)}) GROUP BY at, model, sample",
                 {"run": run.run, "start": start, "stop": stop},
             )
-            for at, model, sample, is_ok, is_final, tries in rows:
-                found[Slot(at, model, sample)] = SlotState(bool(is_ok), bool(is_final) and not is_ok, tries)
+            for at, model, sample, is_ok, is_final, tries, is_reused in rows:
+                is_failed = bool(is_final) and not is_ok
+                found[Slot(at, model, sample)] = SlotState(bool(is_ok), is_failed, tries, bool(is_reused))
+            for slot in self._db.execute(
+                "SELECT row_index, model, sample FROM reused WHERE run = ? AND row_index >= ? AND row_index < ?",
+                (run.run, start, stop),
+            ):
+                found.setdefault(Slot(*slot), SlotState(False, False, 0, is_reused=True))
             faults = self._db.execute(
                 "SELECT row_index, model, sample FROM row_fault WHERE run = ? AND row_index >= ? AND row_index < ?",
                 (run.run, start, stop),
@@ -217,7 +225,14 @@ class LedgerView:
             f"AND outcome IS NOT NULL GROUP BY row_index, model, sample) WHERE {is_settled} GROUP BY 1",
             (run.run, start, stop, *slots.models, slots.samples),
         )
-        return dict(rows)
+        settled = dict(rows)
+        for chunk, number in self.rows(
+            f"SELECT row_index / {_CHUNK_ROWS}, count(*) FROM reused WHERE run = ? AND row_index >= ? "
+            "AND row_index < ? GROUP BY 1",
+            (run.run, start, stop),
+        ):
+            settled[chunk] = settled.get(chunk, 0) + number
+        return settled
 
     def standing(self, run: Run, start: int, stop: int) -> Iterator[StandingAttempt]:
         """Settled attempts of the slots in rows `start` ≤ index < `stop`, slot by slot, oldest first."""
@@ -228,7 +243,7 @@ class LedgerView:
                 SELECT at, model, sample, standing.attempt_id, key, client_request_id, settled_at, outcome, final,
                     error, prompt_tokens, completion_tokens, total_tokens, cached_tokens, reasoning_tokens, usd_pico,
                     cost_source, request_id, latency_us, first_token_us, streamed, flags,
-                    CASE outcome WHEN 'ok' THEN body END
+                    CASE outcome WHEN 'ok' THEN body END, is_reused
                 FROM ({self.standing_sql(run)}) AS standing LEFT JOIN answer USING (attempt_id)
                 ORDER BY at, model, sample, standing.attempt_id
                 """,
@@ -236,13 +251,13 @@ class LedgerView:
             )
             for (
                 at, model, sample, attempt_id, key, client_request_id, settled_at, outcome, final, error, *usage,
-                usd_pico, cost_source, request_id, latency_us, first_token_us, streamed, flags, body,
+                usd_pico, cost_source, request_id, latency_us, first_token_us, streamed, flags, body, is_reused,
             ) in rows:  # fmt: skip
                 yield StandingAttempt(
                     Slot(at, model, sample), attempt_id, key, client_request_id, settled_at, outcome, bool(final),
                     error, usage, usd_pico, cost_source, request_id, seconds(latency_us), seconds(first_token_us),
                     bool(streamed), tuple(flags.split(",")) if flags else (),
-                    decompress(body) if body is not None else None,
+                    decompress(body) if body is not None else None, bool(is_reused),
                 )  # fmt: skip
 
     def answer_bytes(self, run: Run, start: int, stop: int) -> int:
@@ -289,16 +304,22 @@ class LedgerView:
     def standing_sql(self, run: Run) -> str:
         """SQL of the settled attempts in rows :start ≤ at < :stop of run :run, each `at` the row it stands in."""
         own = (
-            "SELECT row_index AS at, charged.* FROM charged WHERE run = :run AND row_index >= :start "
+            "SELECT row_index AS at, 0 AS is_reused, charged.* FROM charged WHERE run = :run AND row_index >= :start "
             "AND row_index < :stop AND outcome IS NOT NULL"
         )
-        if not self._has_moved(run):
-            return own
+        if self._has_moved(run):
+            own = self._with_moved(own)
+        if self._value("SELECT 1 FROM reused WHERE run = ? LIMIT 1", run.run) is not None:
+            own += f" UNION ALL {_REUSED}"
+        return own
+
+    @staticmethod
+    def _with_moved(own: str) -> str:
         return (
             f"{own} AND NOT EXISTS (SELECT 1 FROM moved WHERE moved.run = charged.run "
             "AND moved.row_index = charged.row_index AND moved.model = charged.model "
             "AND moved.sample = charged.sample AND moved.key = charged.key) "
-            "UNION ALL SELECT moved.to_row AS at, charged.* FROM moved "
+            "UNION ALL SELECT moved.to_row AS at, 0 AS is_reused, charged.* FROM moved "
             "JOIN charged USING (run, row_index, model, sample, key) "
             "WHERE moved.run = :run AND moved.to_row >= :start AND moved.to_row < :stop AND outcome IS NOT NULL"
         )
@@ -322,6 +343,20 @@ class LedgerView:
         return row[0] if row else None
 
 
+# What decided the group that a slot takes its answer from; it has been paid for there.
+_CHARGED = (
+    "attempt_id", "run", "invocation", "row_index", "model", "sample", "key", "number", "client_request_id", "sent_at",
+    "settled_at", "outcome", "final", "status", "error_kind", "error", "prompt_tokens", "completion_tokens",
+    "total_tokens", "cached_tokens", "cache_write_tokens", "reasoning_tokens", "request_id", "latency_us",
+    "first_token_us", "streamed", "flags", "request_bytes", "reserved_pico", "origin",
+)  # fmt: skip
+_REUSED = (
+    f"SELECT reused.row_index AS at, 1 AS is_reused, {', '.join(f'charged.{name}' for name in _CHARGED)}, "
+    "CASE outcome WHEN 'ok' THEN 0 END AS usd_pico, CASE outcome WHEN 'ok' THEN 'reused' END AS cost_source, "
+    "0 AS held_pico FROM reused JOIN charged ON charged.run = source_run AND charged.row_index = source_row "
+    "AND charged.model = reused.model AND charged.sample = reused.sample AND charged.key = reused.key "
+    "WHERE reused.run = :run AND reused.row_index >= :start AND reused.row_index < :stop AND final"
+)
 _CHUNK_ROWS = 1024
 # Of a slot's attempts only the newest tells whether it is failed: one that is asked again is pending meanwhile.
 NEWEST_IS_FINAL = "max(attempt_id * 2 + final) & 1"

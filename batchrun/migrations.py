@@ -141,6 +141,15 @@ _MIGRATIONS: tuple[str, ...] = (
             (SELECT max(amendment) FROM correction AS newer WHERE newer.attempt_id = attempt.attempt_id)
         LEFT JOIN amendment ON amendment.amendment = correction.amendment;
     """,
+    """
+    CREATE TABLE reused (                         -- slots that take the answer of another group for nothing
+        run INTEGER NOT NULL REFERENCES run,
+        row_index INTEGER NOT NULL, model TEXT NOT NULL, sample INTEGER NOT NULL, key TEXT NOT NULL,
+        source_run INTEGER NOT NULL REFERENCES run,
+        source_row INTEGER NOT NULL,              -- the group's; its model, sample and key are the same
+        PRIMARY KEY (run, row_index, model, sample)
+    ) STRICT, WITHOUT ROWID;
+    """,
 )
 
 

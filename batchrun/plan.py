@@ -58,7 +58,9 @@ class Plan:
         self.outside_row: int | None = None
         self.source = Source(job, known)
         self.templates = [Template(job, self.source.columns, endpoint, model) for model in models]
-        self.result_schema = result_schema(streamed=job.stream, sampled=job.samples > 1, prefix=job.output.prefix)
+        self.result_schema = result_schema(
+            streamed=job.stream, sampled=job.samples > 1, reuses=job.reuse, prefix=job.output.prefix
+        )
         self._refuse_collisions()
         self.schema = pa.schema([*self.source.schema, *self.result_schema])
         check_schema(self.schema)
@@ -249,7 +251,11 @@ def _real(path: Path) -> Path:
 
 
 def _is_wanted(state: SlotState | None, retry_failed: bool) -> bool:
-    return state is None or not (state.is_answered or (state.is_failed and not (retry_failed and state.tries)))
+    if state is None:
+        return True
+    if state.is_answered or state.is_reused:
+        return False
+    return not state.is_failed or bool(retry_failed and state.tries)
 
 
 def _plain_rows(batch: Batch, columns: list[str]) -> list[dict[str, Any]]:
@@ -305,4 +311,5 @@ def place(plan: Plan, ledger: Ledger, run: Run) -> int:
         bounds = [plan.unbounded_row, plan.outside_row]
         return {**found, "slots_per_row": plan.slots.number, "bounds": bounds, **plan.source.knowledge()}
 
-    return ledger.place(run, plan.asked(keyed=ledger.has_answers()), known)
+    reuses = plan.job.reuse
+    return ledger.place(run, plan.asked(keyed=ledger.has_answers() or reuses), known, reuses=reuses)

@@ -228,6 +228,8 @@ class StandingAttempt(NamedTuple):
     flags: tuple[str, ...]
     body: bytes | None
     """The raw answer, for an attempt that is `ok`."""
+    is_reused: bool
+    """It was made for another slot, and is counted there."""
 
 
 @dataclass(frozen=True)
@@ -253,6 +255,10 @@ class Totals:
     attempts: int
     unplaced: int
     unplaced_usd: Decimal
+    reused: int
+    """Slots that took the answer of another one."""
+    saved_usd: Decimal | None
+    """What those answers had cost; None if that is not known for all."""
     failures: list[tuple[str, int, str]]
     """Kind, number of failed rows, one example."""
     flags: dict[str, int]

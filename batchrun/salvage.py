@@ -49,10 +49,13 @@ _HAS: dict[str, dict[str, type]] = {
     },
     "correction": {"attempt_id": int, "amendment": int, "usd_pico": int, "cost_source": str},
     "moved": {"run": int, "row_index": int, "model": str, "sample": int, "key": str},
+    "reused": {
+        "run": int, "row_index": int, "model": str, "sample": int, "key": str, "source_run": int, "source_row": int,
+    },
     "row_fault": {"run": int, "row_index": int, "model": str, "sample": int, "error": str},
 }  # fmt: skip
 """What a row of a table cannot be without."""
-_NUMBERED_BY = {"correction": "attempt_id", "moved": "row_index", "row_fault": "row_index"}
+_NUMBERED_BY = {"correction": "attempt_id", "moved": "row_index", "reused": "row_index", "row_fault": "row_index"}
 """Of tables whose rows have no numbers of their own: the number that they are read by."""
 _Row = dict[str, Any]
 
@@ -264,7 +267,7 @@ def _fill(db: sqlite3.Connection, damaged: _Damaged, job: Job, *, adopt: bool) -
     for table, rows in (("run", attempts.runs), ("invocation", attempts.invocations)):
         for row in rows.values():
             _put(db, table, row)
-    for table in ("moved", "row_fault"):
+    for table in ("moved", "reused", "row_fault"):
         for row in damaged.rows(table):
             _put(db, table, row)
     known = (owner or {}).get("amendments") or 0

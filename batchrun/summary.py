@@ -74,6 +74,8 @@ class Summary:
             "over_cap": self.over_cap,
             "unplaced": totals.unplaced,
             "unplaced_usd": totals.unplaced_usd,
+            "reused": totals.reused,
+            "saved_usd": totals.saved_usd,
             "prompt_tokens": totals.prompt_tokens,
             "completion_tokens": totals.completion_tokens,
             "total_tokens": totals.total_tokens,
@@ -111,6 +113,9 @@ class Summary:
             f"{totals.completion_tokens} completion, {totals.total_tokens} total",
             f"spent: ${usd_text(totals.usd)}{self._sources()}",
         ]
+        if totals.reused:
+            saved = f", which had cost ${usd_text(totals.saved_usd)}" if totals.saved_usd else ""
+            lines.append(f"reused: {totals.reused} rows took answers that were there{saved}")
         if totals.unknown_outcomes:
             lines.append(self._unknown())
         if self.over_cap:

@@ -56,7 +56,7 @@ def test_all_faults_come_at_once_with_line_and_nearest_name(tmp_path: Path) -> N
         ("labels: [a, b]", "labels: not yet supported"),
         ("schema: {type: object}", "schema: not yet supported"),
         ("evaluate: {expected: x}", "evaluate: not yet supported"),
-        ("reuse: true", "reuse: other than false is not yet supported"),
+        ("reuse: perhaps", "reuse: should be a valid boolean"),
         ("samples: 0", "samples: should be greater than or equal to 1"),
     ],
 )

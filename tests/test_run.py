@@ -218,7 +218,7 @@ def test_a_fresh_run_says_what_it_will_pay_for_again(work: Workspace, provide: P
     work.write_rows(["a", "c", "b"])
     result = work.run()
     assert f"2 rows that run {first[0]['run_id']} answered will be asked and paid for again" in result.stderr
-    assert f"about ${usd_text(spent(first))}; reuse is off" in result.stderr
+    assert f"about ${usd_text(spent(first))}; `reuse: true`" in result.stderr
     assert len(provider.requests) == 5
 
 
