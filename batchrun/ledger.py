@@ -593,9 +593,8 @@ _PLACE = """
     DROP TABLE temp.displaced
 """
 
-# Slots that are asked and have no answer of their own: they take the newest one with the same key and sample; where
-# there is none, they follow the first of them. A slot that a group was moved to is not followed: what will become of it
-# stands in two places.
+# Slots that are asked and not settled by attempts of their own: they take the newest answer with the same key and
+# sample; where there is none, they follow the first of them. Its attempts will all stand in its own row.
 _REUSE = """
     DROP TABLE IF EXISTS temp.wanting;
     CREATE TEMP TABLE wanting (
@@ -606,8 +605,9 @@ _REUSE = """
             AND attempt.model = asked.model AND attempt.sample = asked.sample AND attempt.key = asked.key
             AND outcome = 'ok')
         AND NOT EXISTS (
-            SELECT 1 FROM moved WHERE moved.run = {run} AND to_row = asked.row_index
-            AND moved.model = asked.model AND moved.sample = asked.sample AND moved.key = asked.key);
+            SELECT 1 FROM moved JOIN attempt USING (run, row_index, model, sample, key)
+            WHERE moved.run = {run} AND to_row = asked.row_index AND moved.model = asked.model
+            AND moved.sample = asked.sample AND moved.key = asked.key AND final);
     INSERT INTO reused
         SELECT {run}, wanting.row_index, wanting.model, sample, key, found.run, found.row_index
         FROM (

@@ -166,18 +166,18 @@ class LedgerView:
         found: dict[Slot, SlotState] = {}
         with storage(self.path):
             rows = self._db.execute(
-                f"SELECT at, model, sample, max(outcome = 'ok'), {NEWEST_IS_FINAL}, count(*), max(is_reused) "
+                f"SELECT at, model, sample, max(outcome = 'ok'), {NEWEST_IS_FINAL}, count(*) "
                 f"FROM ({self.standing_sql(run)}) GROUP BY at, model, sample",
                 {"run": run.run, "start": start, "stop": stop},
             )
-            for at, model, sample, is_ok, is_final, tries, is_reused in rows:
-                is_failed = bool(is_final) and not is_ok
-                found[Slot(at, model, sample)] = SlotState(bool(is_ok), is_failed, tries, bool(is_reused))
+            for at, model, sample, is_ok, is_final, tries in rows:
+                found[Slot(at, model, sample)] = SlotState(bool(is_ok), bool(is_final) and not is_ok, tries)
             for slot in self._db.execute(
                 "SELECT row_index, model, sample FROM reused WHERE run = ? AND row_index >= ? AND row_index < ?",
                 (run.run, start, stop),
             ):
-                found.setdefault(Slot(*slot), SlotState(False, False, 0, is_reused=True))
+                state = found.get(Slot(*slot), SlotState(False, False, 0))
+                found[Slot(*slot)] = state._replace(is_reused=True)
             faults = self._db.execute(
                 "SELECT row_index, model, sample FROM row_fault WHERE run = ? AND row_index >= ? AND row_index < ?",
                 (run.run, start, stop),
