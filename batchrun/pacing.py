@@ -1,9 +1,10 @@
-"""How many requests may be in flight, and from when on: finds what the provider bears.
+"""How many requests may be in flight, and how many a second: finds what the provider bears.
 
-A single 429 holds its own row only. It is a limit once more than a fifth are refused, beyond what chance can do. Then
-all rows wait for the time that the provider names, and the level is cut to what was borne. From there on requests are
-spaced; each refusal takes a little of the level and each answer gives less, faster the longer none is refused, so that
-few are wasted. When refusals no longer come at the job's own bound, the limit is forgotten.
+A single 429 holds its own row only. It is a limit once more than a fifth are refused, beyond what chance can do. That
+is a wall: all rows wait for the time that the provider names, then one at a time asks until one is answered. What was
+taken since the last wall, a second, is what was borne. From there on two bounds hold, a rate and a number of places,
+since a provider may limit either. They grow in turns, and a refusal cuts the one that grew; then both rest until only
+the sought share of requests is refused. Above the job's own bound the limit is forgotten.
 """
 
 from __future__ import annotations
@@ -11,82 +12,37 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable
-from math import log
+from math import ceil, inf
 
-_CUT = 0.9
-"""Of what was borne when a limit was met."""
-_DEEPEST_CUT = 0.5
+from batchrun.evidence import Evidence
+
+_CHANCE = 0.2
+"""Share of refusals that cuts nothing."""
+_LEAST_LIMIT = 0.25
+"""Share that is a limit, if it goes on."""
 _PAUSE = 1.0
 """Seconds, where the provider names none; doubled as long as nothing is answered after it."""
-_LONGEST_PROBE = 16.0
-_STEP = 0.04
-"""Of the level, that a single refusal takes where a limit is known."""
-_SOUGHT = 0.015
-"""The share of refusals at which these steps and the growth are even: enough to see the limit, few enough to waste."""
-_QUIET = 60
-"""Answers without a refusal after which growth gets faster: the limit may be gone."""
-_AHEAD = 0.02
-"""Growth in the time that an answer takes, before it gets faster."""
-_FORGOTTEN = 300
-"""Answers without a refusal, at the job's own bound, after which no limit is known any longer."""
-_ROOM = 1.1
-_FASTEST = (0.005, 0.03)
-"""Growth by an answer, and by a second: at most."""
-_TIMED = 50
+_LONGEST_PAUSE = 16.0
+_DEEPEST_CUT = 1 / 8
+"""By one wall: it may be the first for hours, or have lasted for long, and so tell little about the rate."""
+_STEP = 0.1
+"""What a refusal takes of the bound that grew."""
+_SOUGHT = 0.012
+"""The share of refusals: enough to see the limit, few enough to waste."""
+_CREDIT = 20
+"""Answers that may make up for a refusal in advance: where the sought share is high, refusals come in clusters."""
+_GROWTH = (0.015, 0.05)
+"""By an answer, and by the answers of as long as one takes: what they tell is late."""
+_ROOM = 1.2
+"""By which a bound may be above what is used or asked for, so that it does not hold it back."""
+_APART = 2.0
+"""Times that one bound may be the other, where only the other is the provider's."""
+_FRUITLESS = 0.25
+"""If some refusals go on below this part of what was borne, it is chance that refuses."""
+_TIMED = 200
 """Answers whose latency is averaged, about."""
-_CHANCE = 0.4
-"""If single refusals go on below this part of where the limit was met, it is chance that refuses."""
-
-
-class _Evidence:
-    """Tells a share of refusals from chance: Wald's likelihood ratio of `suspected` to `borne`, begun again regularly.
-
-    Args:
-        borne: share of refusals that means nothing.
-        suspected: share that means a limit.
-        odds: how many times likelier a limit must be. Chance passes this once in so many times `length` requests.
-        length: requests after which it begins again, so that what is long past does not count.
-    """
-
-    def __init__(self, borne: float, suspected: float, odds: float, length: int) -> None:
-        self._by_refused = log(suspected / borne)
-        self._by_taken = log((1 - suspected) / (1 - borne))
-        self._enough = log(odds)
-        self._length = length
-        self.begin(0.0, 0)
-
-    def begin(self, now: float, entered: int) -> None:
-        """Count requests from now on; `entered` were sent before."""
-        self._since = now
-        self._before = entered
-        self._refused = 0
-        self._heard = 0
-        self._number = 0
-
-    @property
-    def refused_share(self) -> float:
-        """Of the requests that were counted; of a few, less."""
-        # As much as a handful of refusals in a row can prove about the share.
-        return self._refused / max(self._number, 12)
-
-    def note(self, sent_at: float, reached: int, *, is_refused: bool) -> bool:
-        """Take an answer; True if there is a limit.
-
-        Args:
-            reached: requests sent up to `sent_at`. Those that are under way count as taken: a refusal is often quick,
-                and the first answers that come are no sample of what was sent.
-        """
-        if sent_at < self._since:
-            return False
-        self._refused += is_refused
-        self._heard += 1
-        self._number = max(self._heard, self._number, reached - self._before)
-        taken = self._number - self._refused
-        return is_refused and self._refused * self._by_refused + taken * self._by_taken > self._enough
-
-    def is_over(self) -> bool:
-        """True if it is time to begin again."""
-        return self._number >= self._length
+_RECENT = 50
+"""Requests of which the share of refusals is taken, about."""
 
 
 class Pacing:
@@ -100,40 +56,53 @@ class Pacing:
 
     def __init__(self, concurrency: int, clock: Callable[[], float], longest_pause: float = 900.0) -> None:
         self._most = concurrency
-        self._level = float(concurrency)
-        self._met_at: float | None = None
-        """The level that was borne when a limit was met; None while none is known."""
         self._clock = clock
         self._longest_pause = longest_pause
-        self._proofs = (
-            _Evidence(0.2, 0.6, 1e7, max(100, 2 * concurrency)),
-            _Evidence(0.2, 0.25, 1e4, 4000),
-        )
-        self._hints = (_Evidence(0.08, 0.35, 1000, 60),)
-        self._is_chance = False
-        self._quiet = 0
-        self._stepped_at = 0.0
+        self._bounds = [inf, inf]
+        """Requests a second, and places per second of latency."""
+        self._turn = 0
+        """Which of them grows."""
+        self._borne: float | None = None
+        """Requests a second when the latest wall was met; None while no limit is known."""
+        self._is_wall = False
+        self._pauses = 0
+        """At this wall."""
+        self._since = -inf
+        """What was sent before tells nothing new about the bounds."""
+        self._wall_ended = clock()
+        self._taken = 0
+        self._debt = 0.0
+        """Refusals beyond the sought share."""
+        self._sought = _SOUGHT
+        self._share = 0.0
+        """Of recent requests, that were refused."""
+        self._calm_at = -inf
+        self._latency = 0.0
+        self._timed = 0
         self._entries: deque[float] = deque()
         """When requests entered that are sent later than any that is answered."""
         self._entered = 0
-        self._latency = 0.0
-        self._timed = 0
-        self._next = 0.0
+        self._latest = -inf
+        """When the latest request was sent that is answered."""
+        self._next = -inf
         """The earliest moment for the next request."""
-        self._since = 0.0
-        """Requests sent before tell nothing new about a limit."""
-        self._fruitless = 0
-        self._answered = 0
-        self._grown_at = 0.0
         self._waiters: deque[asyncio.Future[None]] = deque()
         self._timer: asyncio.TimerHandle | None = None
         self._is_stopped = False
         self.in_flight = 0
+        self._seek_proof()
+
+    def _seek_proof(self) -> None:
+        # Chance passes these once in more than ten million requests if it refuses 18 of 100.
+        self._tests: tuple[Evidence, ...] = (
+            Evidence(_CHANCE, 0.6, 1e5, self._latest, self._entered),
+            Evidence(_CHANCE, _LEAST_LIMIT, 300, self._latest, self._entered),
+        )
 
     @property
     def allowed(self) -> int:
         """The present bound on requests in flight."""
-        return 1 if self._fruitless else min(self._most, max(1, round(self._level)))
+        return self._most if self._borne is None else min(self._most, ceil(self._bounds[1] * self._latency))
 
     async def enter(self) -> None:
         """Wait for a place in flight; not any longer once the run is stopping."""
@@ -180,87 +149,94 @@ class Pacing:
         now = self._clock()
         while self._entries and self._entries[0] <= sent_at:
             self._entries.popleft()
+        self._latest = max(self._latest, sent_at)
         reached = self._entered - len(self._entries)
         is_limit = False
-        share = 0.0
-        for evidence in self._hints if self._met_at is not None and not self._is_chance else self._proofs:
-            if evidence.note(sent_at, reached, is_refused=is_rate_limit):
-                is_limit, share = True, max(share, evidence.refused_share)
-            elif evidence.is_over():
-                evidence.begin(now, self._entered)
+        for test in self._tests:
+            is_limit |= test.note(sent_at, self._latest, reached, is_refused=is_rate_limit)
+        self._share += (is_rate_limit - self._share) / _RECENT
         if is_rate_limit:
-            self._quiet = 0
-            if is_limit or (self._fruitless and sent_at >= self._since):
-                self._limit(now, retry_after, share)
-            elif sent_at >= self._since and self._met_at is not None and not self._is_chance:
-                if sent_at >= self._stepped_at:
-                    self._step_down(now, self._met_at)
-            elif retry_after is not None and now < self._since:
-                self._pause(now + min(self._longest_pause, retry_after))
+            if self._is_wall and sent_at < self._since:
+                if retry_after is not None:
+                    self._pause(now, retry_after)
+            elif self._is_wall or is_limit:
+                self._meet_wall(now, retry_after)
+            elif self._borne is not None:
+                self._debt = min(self._debt, self._bounds[0] * self._latency / 2) + 1
+                if sent_at >= self._since and self._debt > 0:
+                    self._step_down(now, self._borne)
         elif is_server_error:
             # A server in trouble is no reason to send less, and none to send more.
-            self._grown_at = now + _PAUSE
+            self._calm_at = now + _PAUSE
         elif is_ok:
             self._timed += 1
-            self._latency += (now - sent_at - self._latency) / min(self._timed, _TIMED)
-            if sent_at >= self._since:
-                self._answered += 1
-                self._fruitless = 0
-                if self._met_at is not None and (self._waiters or self.in_flight >= self.allowed):
-                    self._grow(now)
+            self._latency += (max(now - sent_at, 1e-3) - self._latency) / min(self._timed, _TIMED)
+            self._taken += 1
+            self._debt = max(-_CREDIT * self._sought, self._debt - self._sought)
+            if self._is_wall and sent_at >= self._since:
+                self._resume(now)
+            elif (
+                self._borne is not None and sent_at >= self._since and (self._waiters or self.in_flight >= self.allowed)
+            ):
+                self._grow(now)
 
-    def _grow(self, now: float) -> None:
-        if now <= self._grown_at:
-            return
-        self._quiet += 1
-        haste = max(1.0, self._quiet / max(_QUIET, 2 * self._level)) ** 2
-        by_answer = min(_FASTEST[0], _STEP * _SOUGHT * haste)
-        # An answer tells of a level that was a latency ago: growth must not run ahead of it.
-        by_second = min(_FASTEST[1], _AHEAD * haste / max(self._latency, 0.01))
-        self._level *= 1 + min(by_answer, by_second * (now - self._grown_at))
-        self._grown_at = now
-        # A little above the bound, so that spacing does not hold back what is allowed.
-        self._level = min(self._level, _ROOM * self._most)
-        if self._level >= self._most and self._quiet >= _FORGOTTEN:
-            self._level, self._met_at, self._is_chance = float(self._most), None, False
-            self._begin(now)
+    def _meet_wall(self, now: float, retry_after: float | None) -> None:
+        self._is_wall = True
+        self._pause(now, min(_PAUSE * 2**self._pauses, _LONGEST_PAUSE) if retry_after is None else retry_after)
+        self._pauses += 1
+
+    def _pause(self, now: float, seconds: float) -> None:
+        self._since = self._next = max(self._next, now + min(self._longest_pause, seconds))
+
+    def _resume(self, now: float) -> None:
+        before = min(*self._bounds, self._most / self._latency)
+        # What is still under way was taken: refusals have come by now.
+        rate = (self._taken + self.in_flight) / max(now - self._wall_ended, 1e-3)
+        self._borne = min(before, max(rate, before * _DEEPEST_CUT))
+        self._bounds = [self._borne, self._borne * _ROOM]
+        self._debt, self._sought = 0.0, _SOUGHT
+        self._is_wall, self._pauses = False, 0
+        self._wall_ended, self._taken = now, 0
+        self._next = now
+        # A limit is known: less is enough to see that it is far exceeded.
+        self._tests = (Evidence(_CHANCE, 0.6, 1000, self._since, self._entered),)
         self._wake()
 
-    def _step_down(self, now: float, met_at: float) -> None:
-        # What was sent before this step says nothing about the level after it.
-        self._stepped_at = now
-        self._level *= 1 - _STEP
-        if self._level < _CHANCE * met_at:
-            self._level, self._is_chance = met_at, True
+    def _step_down(self, now: float, borne: float) -> None:
+        self._since = now
+        self._bounds[self._turn] *= 1 - _STEP
+        self._turn = 1 - self._turn
+        if self._debt > 1:
+            # The other was cut of late, and that was not enough.
+            self._bounds[self._turn] *= 1 - _STEP
+        if min(self._bounds) < _FRUITLESS * borne:
+            self._borne = min(self._bounds)
+            if 3 * _SOUGHT < self._share < _CHANCE:
+                # What is refused even so is neither many nor few: go back, and look for more refusals than these.
+                self._bounds, self._borne = [borne, borne * _ROOM], borne
+                self._debt, self._sought = 0.0, _SOUGHT + self._share / (1 - self._share)
 
-    def _limit(self, now: float, retry_after: float | None, share: float) -> None:
-        if self._met_at is not None and not self._answered:
-            # Nothing at all was taken, so this tells no level: try again with one at a time, ever more rarely.
-            self._fruitless += 1
-        else:
-            borne = max(1.0, self._level * max(_DEEPEST_CUT, 1 - share))
-            # Never below one at a time: growth goes by answers, and would have none to go by.
-            self._met_at, self._level, self._is_chance = borne, max(1.0, borne * _CUT), False
-        wait = min(_PAUSE * 2**self._fruitless, _LONGEST_PROBE) if retry_after is None else retry_after
-        self._pause(now + min(self._longest_pause, wait))
-        self._answered = 0
-        self._begin(self._since)
-
-    def _begin(self, since: float) -> None:
-        for evidence in (*self._proofs, *self._hints):
-            evidence.begin(since, self._entered)
-
-    def _pause(self, until: float) -> None:
-        self._next = max(self._next, until)
-        self._since = self._grown_at = self._next
+    def _grow(self, now: float) -> None:
+        if now < self._calm_at or self._debt > 0:
+            return
+        bound = self._bounds[self._turn]
+        self._bounds[self._turn] = bound * (1 + min(_GROWTH[0], _GROWTH[1] / (bound * self._latency)))
+        if bound > _APART * self._bounds[1 - self._turn]:
+            self._turn = 1 - self._turn
+        if min(self._bounds) * self._latency > _ROOM * self._most:
+            self._bounds, self._borne = [inf, inf], None
+            self._seek_proof()
+        self._wake()
 
     def _admit(self) -> None:
         now = self._clock()
         self.in_flight += 1
         self._entered += 1
         self._entries.append(now)
-        if self._met_at is not None:
-            self._next = max(self._next, now) + self._latency / self._level
+        if self._is_wall:
+            self._next = now + max(_PAUSE, self._latency)
+        elif self._borne is not None:
+            self._next = max(self._next, now) + 1 / self._bounds[0]
 
     def _let_in(self, waiter: asyncio.Future[None]) -> None:
         if not waiter.done():

@@ -45,6 +45,13 @@ class Free:
         pass
 
 
+class Closed(Free):
+    """Bears nothing."""
+
+    def admit(self, now: float, size: int) -> float | None:
+        return 1.0
+
+
 @dataclass
 class Bucket(Free):
     """So many requests a second on the average, `burst` at once. With `sized`, a request counts by its size."""

@@ -8,7 +8,20 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "batchrun"
 
 FLOORS = [
-    {"errors", "usage", "sse", "columns", "uniqueness", "documents", "folders", "form", "inflate", "scrub", "sandbox"},
+    {
+        "errors",
+        "usage",
+        "sse",
+        "columns",
+        "uniqueness",
+        "documents",
+        "folders",
+        "form",
+        "inflate",
+        "scrub",
+        "sandbox",
+        "evidence",
+    },
     {"money", "providers", "jobfile", "lock", "migrations", "casts", "textfile", "jsonl"},
     {"records", "job", "prices", "projection", "fetch"},
     {"failures", "ledger_view", "transport", "files"},

@@ -13,6 +13,7 @@ from .limits import (
     Bucket,
     Chance,
     Changing,
+    Closed,
     Concurrent,
     Course,
     Free,
@@ -58,7 +59,7 @@ def test_and_one_on_tokens_with_prompts_of_any_length(quick_path: Path) -> None:
     provider = Provider(Bucket(8 * mean, 480 * mean, sized=True), lognormal(1.0))
     # What is full at the start lasts for some minutes: it is used up before the limit is felt.
     found = course(quick_path, provider, concurrency=32, seconds=MINUTES_10, sizes=size)
-    holds(found, 8, throughput=0.8, wasted=0.10)
+    holds(found, 8, wasted=0.10)
 
 
 @pytest.mark.parametrize("tells", [False, True])
@@ -76,6 +77,20 @@ def test_429s_by_chance_cut_nothing(quick_path: Path, concurrency: int, share: f
     assert set(found.allowed) == {concurrency}
     assert found.lost == 0
     assert found.most == concurrency
+
+
+def test_where_nothing_is_taken_one_request_at_a_time_asks_ever_more_rarely(quick_path: Path) -> None:
+    provider = Provider(Changing(Closed(), Free(), at=200.0), lognormal(1.0))
+    found = course(quick_path, provider, concurrency=32, seconds=360)
+    asked = [at for at, _ in found.events if at < 200]
+    assert sum(at > 40 for at in asked) <= 160 / 16 + 2
+    assert found.rate(since=330) > 0.9 * 32
+    assert (found.lost, found.stop) == (0, None)
+
+
+def test_a_server_in_trouble_is_sent_no_less(quick_path: Path) -> None:
+    found = course(quick_path, Provider(Free(), lognormal(1.0), errors=0.3), concurrency=16, seconds=120)
+    assert set(found.allowed) == {16}
 
 
 def test_it_recovers_when_a_limit_is_lifted(quick_path: Path) -> None:
@@ -113,7 +128,7 @@ def test_any_limit_is_used(
     made: Latency = LATENCIES[latency](seconds)
     found = course(quick_path, Provider(limit, made, refusal), concurrency=concurrency, seconds=MINUTES_10)
     # A provider that refuses as slowly as it answers has a whole level's worth refused before the first is known.
-    holds(found, rate, wasted=0.06 if refusal else 0.15)
+    holds(found, rate, wasted=0.05 if refusal else 0.06)
 
 
 @pytest.mark.slow
@@ -135,7 +150,7 @@ def test_429s_by_chance_cut_nothing_in_an_hour(quick_path: Path, seed: int) -> N
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("share", "throughput"),
-    [(0.05, 0.7), pytest.param(0.15, 0.8, marks=pytest.mark.xfail(reason="steps down for what no step makes fewer"))],
+    [(0.05, 0.75), pytest.param(0.15, 0.8, marks=pytest.mark.xfail(reason="steps down for what no step makes fewer"))],
 )
 def test_chance_besides_a_limit_starves_nothing(quick_path: Path, share: float, throughput: float) -> None:
     provider = Provider(Both(Chance(share), Bucket(13, 13)), lognormal(1.0))

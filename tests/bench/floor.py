@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import csv
+import itertools
 import json
 import os
 import sqlite3
@@ -98,7 +99,7 @@ def save(path: str, db: sqlite3.Connection, output: str) -> None:
     answers = db.execute("SELECT response, total_tokens, usd_spent FROM answer ORDER BY number")
     writer = None
     while batch := answers.fetchmany(GROUP_ROWS):
-        columns = list(zip(*(row.values() for row, _ in zip(rows, batch, strict=False)), strict=True))
+        columns = list(zip(*(row.values() for row in itertools.islice(rows, len(batch))), strict=True))
         names = ["id", "review", "response", "total_tokens", "usd_spent"]
         table = pa.table(dict(zip(names, [*columns, *zip(*batch, strict=True)], strict=True)))
         writer = writer or pq.ParquetWriter(output, table.schema, compression="zstd")
