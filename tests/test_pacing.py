@@ -68,22 +68,22 @@ def test_retries_are_bounded_in_attempts_and_time_and_heed_the_provider() -> Non
 def test_an_outage_is_told_from_rows_that_fail_each_for_itself() -> None:
     health = _Health(6, 900, 0.0)
     for moment in range(0, 890, 10):
-        assert health.note(failed("server", Action.RETRY), moment, 1) is None
-    assert health.note(OK, 891, 1) is None
-    assert health.note(failed("server", Action.RETRY), 1790, 1) is None
-    stop = health.note(failed("server", Action.RETRY), 1792, 1)
+        assert health.note("m", failed("server", Action.RETRY), moment, 1) is None
+    assert health.note("m", OK, 891, 1) is None
+    assert health.note("m", failed("server", Action.RETRY), 1790, 1) is None
+    stop = health.note("m", failed("server", Action.RETRY), 1792, 1)
     assert stop is not None
     assert (stop.exit_code, stop.reason) == (ExitCode.PROVIDER, "outage")
 
 
 def test_a_server_that_was_never_reached_stops_the_run_early() -> None:
     health = _Health(6, 900, 0.0)
-    stops = [health.note(failed("connect", Action.RETRY), 1, 1) for _ in range(20)]
+    stops = [health.note("m", failed("connect", Action.RETRY), 1, 1) for _ in range(20)]
     assert stops[:19] == [None] * 19
     assert stops[19] is not None
     assert stops[19].reason == "unreachable"
     one_row = _Health(3, 900, 0.0)
-    assert [one_row.note(failed("connect", Action.RETRY), 1, tries) is None for tries in (1, 2, 3)] == [
+    assert [one_row.note("m", failed("connect", Action.RETRY), 1, tries) is None for tries in (1, 2, 3)] == [
         True, True, False,
     ]  # fmt: skip
 
@@ -95,8 +95,8 @@ def test_the_first_rows_refused_in_the_same_words_stop_the_run() -> None:
         for number, message in enumerate(messages):
             exchange = failed("not_found", Action.REJECT, message=message)
             assert exchange.failure is not None
-            health.note(exchange, number, 1)
-            stop = stop or health.note_rejected(exchange.failure)
+            health.note("m", exchange, number, 1)
+            stop = stop or health.note_rejected("m", exchange.failure)
         return stop is not None
 
     assert stopped([f"no model (request {number})" for number in range(20)])
