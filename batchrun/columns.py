@@ -18,7 +18,7 @@ _EPOCH_DAY = date(1970, 1, 1).toordinal()
 
 
 def build(values: Sequence[Any], kind: pa.DataType) -> pa.Array:
-    """An array of text, int64, float64, bool, date32, timestamp[us] or list<string>; None is null.
+    """An array of text, int32, int64, float64, bool, date32, timestamp[us] or list<string>; None is null.
 
     A moment may also be a number of microseconds since 1970.
 
@@ -66,6 +66,7 @@ def _microseconds(moment: datetime | int) -> int:
 
 
 _NUMBERS: Mapping[pa.DataType, tuple[str, Callable[[Any], Any]]] = {
+    pa.int32(): ("i", _same),
     pa.int64(): ("q", _same),
     pa.float64(): ("d", _same),
     pa.date32(): ("i", lambda day: day.toordinal() - _EPOCH_DAY),
