@@ -301,6 +301,9 @@ def totals(ledger: LedgerView, run: Run) -> Totals:
         "JOIN charged USING (run, row_index, model, sample, key) WHERE run = ? AND to_row IS NULL",
         (run.run,),
     )
+    ((repairs, *repair_sums),) = ledger.rows(
+        f"SELECT count(*), {_USD} FROM charged WHERE run = ? AND repair > 0 AND outcome IS NOT NULL", (run.run,)
+    )
     ((reused, *saved, reused_unknown),) = ledger.rows(
         f"SELECT count(*), {_USD}, coalesce(sum(usd_pico IS NULL), 0) FROM reused JOIN charged ON "
         "charged.run = source_run AND charged.row_index = source_row AND charged.model = reused.model "
@@ -338,6 +341,8 @@ def totals(ledger: LedgerView, run: Run) -> Totals:
         attempts=sums[7],
         unplaced=unplaced[2],
         unplaced_usd=from_pico(_summed(*unplaced[:2])),
+        repairs=repairs,
+        repair_usd=from_pico(_summed(*repair_sums)),
         reused=reused,
         saved_usd=from_pico(_summed(*saved)) if not reused_unknown else None,
         failures=[*((kind or "", number, error or "") for kind, number, error in failures),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from itertools import groupby
@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from batchrun.columns import build
 from batchrun.money import COST_SOURCES, PICO_PER_USD, from_pico
-from batchrun.records import Answer, RowSlots, Slot, StandingAttempt
+from batchrun.records import Answer, Outcome, RowSlots, Slot, StandingAttempt
 from batchrun.wire import read_answer
 
 _COLUMNS: tuple[tuple[str, pa.DataType], ...] = (
@@ -46,6 +46,8 @@ _COLUMNS: tuple[tuple[str, pa.DataType], ...] = (
 _FIRST_TOKEN = ("first_token_seconds", pa.float64())
 _SAMPLE = ("sample", pa.int64())
 _REUSED = ("reused", pa.bool_())
+_PICO = "usd_pico"
+"""Of a record: what its slot took, exactly; no column."""
 
 
 def result_schema(*, streamed: bool, sampled: bool = False, reuses: bool = False, prefix: str = "") -> pa.Schema:
@@ -100,9 +102,19 @@ class Results:
         self._prefix = prefix
 
     def batch(
-        self, start: int, rows: int, attempts: Iterable[StandingAttempt], faults: Mapping[Slot, str]
-    ) -> pa.RecordBatch:
-        """The result columns of input rows `start` ≤ index < `start + rows`, a row per slot."""
+        self,
+        start: int,
+        rows: int,
+        attempts: Iterable[StandingAttempt],
+        faults: Mapping[Slot, str],
+        unrepaired: Container[Slot] = (),
+    ) -> tuple[pa.RecordBatch, list[Outcome]]:
+        """The result columns of input rows `start` ≤ index < `start + rows`, a row per slot.
+
+        Args:
+            faults: why slots cannot be asked.
+            unrepaired: slots that are to be asked again, because their answers do not fit.
+        """
         by_slot = self._by_slot(attempts)
         waiting = next(by_slot, None)
         records = []
@@ -113,20 +125,23 @@ class Results:
                 waiting = next(by_slot, None)
             # Attempts of another model than the job's have no row here.
             records += [
-                self._record(slot, of_row.get(slot, []), faults.get(slot)) for slot in self._slots.of(row_index)
+                self._record(slot, of_row.get(slot, []), faults.get(slot), slot in unrepaired)
+                for slot in self._slots.of(row_index)
             ]
         columns = []
         for field in self.schema:
             name = field.name.removeprefix(self._prefix)
             columns.append(build([record.get(name) for record in records], field.type))
-        return pa.RecordBatch.from_arrays(columns, schema=self.schema)
+        return pa.RecordBatch.from_arrays(columns, schema=self.schema), list(map(_outcome, records))
 
     @staticmethod
     def _by_slot(attempts: Iterable[StandingAttempt]) -> Iterator[tuple[Slot, list[StandingAttempt]]]:
         for slot, of_slot in groupby(attempts, key=lambda attempt: attempt.slot):
             yield slot, list(of_slot)
 
-    def _record(self, slot: Slot, attempts: list[StandingAttempt], fault: str | None) -> dict[str, Any]:
+    def _record(
+        self, slot: Slot, attempts: list[StandingAttempt], fault: str | None, is_unrepaired: bool
+    ) -> dict[str, Any]:
         answered = None
         unknown = 0
         for attempt in attempts:
@@ -134,8 +149,8 @@ class Results:
                 unknown += not attempt.is_reused
             else:
                 self.counts.usd_pico += attempt.usd_pico
-            if answered is None and attempt.outcome == "ok":
-                answered = attempt
+            if attempt.outcome == "ok":
+                answered = attempt  # the last, where it was asked again for one that fits
         usd_spent, cost_source = _spent(attempts)
         record: dict[str, Any] = {
             "requested_model": self._requested[slot.model],
@@ -147,6 +162,9 @@ class Results:
             "flags": [],
             "usd_spent": usd_spent,
             "cost_source": cost_source,
+            _PICO: sum(attempt.usd_pico for attempt in attempts if attempt.usd_pico is not None)
+            if attempts and not unknown
+            else None,
         }
         if fault is not None and answered is None:
             self.counts.failed += 1
@@ -162,8 +180,10 @@ class Results:
         record["request_key"] = decisive.key
         record["finished_at"] = decisive.settled_at
         if answered is not None:
-            self.counts.ok += 1
-            record["status"] = "ok"
+            self.counts.ok += not is_unrepaired
+            self.counts.pending += is_unrepaired
+            record["status"] = "pending" if is_unrepaired else "ok"
+            record["error"] = "its answer does not fit, and it is to be asked again" if is_unrepaired else None
             record.update(_answer_columns(answered))
             return record
         is_failed = decisive.is_final
@@ -171,6 +191,11 @@ class Results:
         self.counts.pending += not is_failed
         record["status"], record["error"] = "failed" if is_failed else "pending", decisive.error
         return record
+
+
+def _outcome(record: Mapping[str, Any]) -> Outcome:
+    is_ok = record["status"] == "ok"
+    return Outcome(record.get("response") if is_ok else None, is_ok, "truncated" in record["flags"], record[_PICO])
 
 
 def _answer_columns(attempt: StandingAttempt) -> dict[str, Any]:

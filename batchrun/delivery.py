@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,6 +13,7 @@ import pyarrow as pa
 from batchrun import accounts
 from batchrun.answers import Results
 from batchrun.columns import build
+from batchrun.derive import Derivation
 from batchrun.errors import BrokenPromiseError, ExitCode, Promise
 from batchrun.ledger_view import LedgerView, Run
 from batchrun.money import usd_text
@@ -50,8 +52,8 @@ def write_output(
     output: Path,
     summary: Callable[[], Summary],
     wait: Callable[[int, int], None] = lambda start, stop: None,
-) -> None:
-    """Write the Parquet of a run.
+) -> Derivation:
+    """Write the Parquet of a run; what was made of its answers.
 
     Args:
         summary: called after the last row.
@@ -61,7 +63,7 @@ def write_output(
         StorageError: it cannot be written.
         BrokenPromiseError: its rows do not add up to the ledger.
     """
-    results = results_of(plan, run)
+    results, derivation = results_of(plan, run), plan.derivation()
     placed = ledger.placed_input(run)
 
     def manifest() -> str:
@@ -69,9 +71,25 @@ def write_output(
         # An input that changes while it is read again is the user's doing, and no broken promise.
         if plan.is_placed_as(placed):
             _check_sums(found, results)
-        return exact_json(found.manifest())
+        return exact_json(with_derived(found, derivation).manifest())
 
-    write_parquet(output, plan.schema, expected_batches(plan, ledger, run, results, wait), manifest)
+    write_parquet(output, plan.schema, expected_batches(plan, ledger, run, results, derivation, wait), manifest)
+    return derivation
+
+
+def with_derived(summary: Summary, derivation: Derivation) -> Summary:
+    """A summary with what was made of the answers."""
+    evaluations = derivation.evaluations
+    summary = replace(
+        summary,
+        parse_errors=derivation.misfits,
+        labels=dict(derivation.labels.most_common()),
+        evaluation=evaluations.document() if evaluations is not None else None,
+        evaluation_lines=evaluations.lines() if evaluations is not None else [],
+    )
+    if derivation.misfits and summary.exit_code == ExitCode.OK:
+        summary = replace(summary, exit_code=ExitCode.ROWS_FAILED, reason=summary.reason or "parse_errors")
+    return summary
 
 
 class _GivenUpError(Exception):
@@ -94,6 +112,7 @@ class EarlyOutput:
         self._is_given_up = False
         self._is_done = threading.Event()
         self._summary: Summary | None = None
+        self._derivation: Derivation | None = None
         self._error: BaseException | None = None
 
     def start(self) -> None:
@@ -102,8 +121,8 @@ class EarlyOutput:
             threading.Thread(target=self._write, name="output").start()
             self._is_begun = True
 
-    def finish(self, summary: Summary) -> bool:
-        """The run is over: end the file. False if there is none, or it is not wanted any more.
+    def finish(self, summary: Summary) -> Derivation | None:
+        """The run is over: end the file. What was made of its answers; None if there is no file, or it is not wanted.
 
         What went wrong on the way may go right now.
 
@@ -114,7 +133,7 @@ class EarlyOutput:
         self._end()
         if isinstance(self._error, BrokenPromiseError):
             raise self._error
-        return self._is_begun and self._error is None and not self._is_given_up
+        return self._derivation if not self._is_given_up else None
 
     def give_up(self) -> None:
         """What was begun and not finished is not wanted; it leaves no trace."""
@@ -138,7 +157,7 @@ class EarlyOutput:
                     ):
                         self._last_word()
 
-                write_output(self._plan, ledger, self._run, self._output, self._last_word, wait)
+                self._derivation = write_output(self._plan, ledger, self._run, self._output, self._last_word, wait)
         except _GivenUpError:
             pass
         except BaseException as exc:  # noqa: BLE001 - it is for whoever waits for the file
@@ -169,17 +188,23 @@ def expected_batches(
     ledger: LedgerView,
     run: Run,
     results: Results,
+    derivation: Derivation,
     wait: Callable[[int, int], None] = lambda start, stop: None,
 ) -> Iterator[pa.RecordBatch]:
     """The rows of a run's output, from its input and what the ledger holds when it comes to them."""
     for batch in plan.source.batches():
         wait(batch.start, batch.start + batch.rows.num_rows)
         for start, stop in _pieces(ledger, run, batch.start, batch.start + batch.rows.num_rows):
-            columns = results.batch(
-                start, stop - start, ledger.standing(run, start, stop), ledger.row_faults(run, start, stop)
+            columns, outcomes = results.batch(
+                start,
+                stop - start,
+                ledger.standing(run, start, stop),
+                ledger.row_faults(run, start, stop),
+                ledger.repairs_wanted(run, start, stop),
             )
             rows = _repeated(batch.rows.slice(start - batch.start, stop - start), plan.slots.number)
-            yield pa.RecordBatch.from_arrays([*rows.columns, *columns.columns], schema=plan.schema)
+            derived = derivation.batch(rows, outcomes)
+            yield pa.RecordBatch.from_arrays([*rows.columns, *columns.columns, *derived], schema=plan.schema)
 
 
 def _repeated(rows: pa.RecordBatch, times: int) -> pa.RecordBatch:

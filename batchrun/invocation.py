@@ -13,8 +13,10 @@ from dataclasses import dataclass, replace
 from typing import IO
 
 from batchrun import accounts, local
+from batchrun.breaker import ErrorRate
 from batchrun.budget import Budget
-from batchrun.delivery import EarlyOutput, summarise, write_output
+from batchrun.delivery import EarlyOutput, summarise, with_derived, write_output
+from batchrun.derive import shift
 from batchrun.errors import BatchrunError, BrokenPromiseError, ExitCode, JobError, Promise, StorageError
 from batchrun.job import Job
 from batchrun.ledger import Ledger
@@ -101,8 +103,14 @@ def run(job: Job, options: Options, environ: Mapping[str, str], *, say: Say, str
         ledger.begin_invocation(current, job=job.snapshot(), endpoint=plan.endpoint.identity)
         context = _Context(plan, ledger, current, options, say, stream)
         with _end_recorded(ledger, current):
+            before = ledger.placed_input(current)
             rows = place(plan, ledger, current)
             settled = _announce(context, rows)
+            if before is not None and before["shape"] != plan.shape and (unplaced := ledger.unplaced_answers(current)):
+                say(
+                    f"{unplaced} answers are to other requests than the job makes now; their rows will be asked and "
+                    "paid for again"
+                )
             early = EarlyOutput(plan, current, plan.output_path(current), retry_failed=options.retry_failed)
             try:
                 ended = _ask(context, rows, settled, early)
@@ -164,6 +172,7 @@ def _announce(context: _Context, rows: int) -> int:
 def _ask(context: _Context, rows: int, settled: int, early: EarlyOutput) -> _Ended:
     """Send what is missing."""
     plan, ledger, current, options = context.plan, context.ledger, context.run, context.options
+    ledger.drop_repairs(current, list(plan.needless_repairs(ledger, current)))
     only = None
     if options.sample is not None:
         only = _draw(plan.pending_rows(ledger, current, rows, retry_failed=options.retry_failed), options.sample)
@@ -264,6 +273,8 @@ async def _drive(
             stop_seconds=job.stop_seconds,
             clock=asyncio.get_running_loop().time,
             models=context.plan.slots.models,
+            review=context.plan.review,
+            breaker=_breaker(job, context.run),
             on_settled=progress.settle if progress is not None else lambda settlement: None,
             on_drained=early.start,
         )
@@ -275,6 +286,13 @@ async def _drive(
                 if ticking is not None:
                     ticking.cancel()
     return _Ended(stop, runner.sent, budget.refused_pico)
+
+
+def _breaker(job: Job, run: Run) -> ErrorRate | None:
+    if job.max_error_rate is None:
+        return None
+    # A run that goes on has had its first rows.
+    return ErrorRate(job.max_error_rate, (job.canary or 0) if run.is_new else 0)
 
 
 @contextmanager
@@ -348,12 +366,25 @@ def _finish(context: _Context, rows: int, ended: _Ended, early: EarlyOutput) -> 
         output = plan.output_path(current)
         if is_changed:
             early.give_up()
-        if not early.finish(summary):
-            write_output(plan, ledger, current, output, lambda: summary)
+        derivation = early.finish(summary) or write_output(plan, ledger, current, output, lambda: summary)
         ledger.note_output(current)
-        summary = replace(summary, output=str(output))
-    ledger.end_invocation(current, exit_code=exit_code, reason=reason, is_finished=is_whole and stop is None)
+        summary = replace(with_derived(summary, derivation), output=str(output))
+        summary = replace(summary, warnings=_label_warnings(ledger, current, summary))
+    ledger.end_invocation(
+        current, exit_code=summary.exit_code, reason=summary.reason, is_finished=is_whole and stop is None
+    )
     return summary
+
+
+def _label_warnings(ledger: Ledger, run: Run, summary: Summary) -> list[str]:
+    """What there is to say of the labels beside those of the last run; it is noted for the next one."""
+    if not summary.labels:
+        return []
+    before = ledger.earlier_labels(run)
+    if not summary.pending:
+        ledger.note_labels(run, summary.labels)
+    warning = shift(summary.labels, before) if before is not None else None
+    return [warning] if warning is not None else []
 
 
 def _has_changed(plan: Plan, ledger: Ledger, current: Run) -> bool:

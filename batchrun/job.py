@@ -29,6 +29,7 @@ from pydantic import (
 from batchrun.errors import JobError
 from batchrun.jobfile import Document
 from batchrun.providers import PROVIDERS, secret_in_plain_sight
+from batchrun.scores import METRICS
 
 _REFUSED_PARAMETERS = {
     "model": "the key `model` of the job",
@@ -41,6 +42,8 @@ _MOST_BYTES = 2_000_000
 _MOST_FAULTS = 20
 _LONGEST_FAULT = 1000
 _NOT_YET = "not yet supported"
+_SHAPING = ("prompt", "model", "samples", "parameters", "provider", "reuse")
+_DERIVING = ("labels", "schema", "repair", "evaluate")
 
 
 class _Setting(BaseModel):
@@ -143,6 +146,11 @@ class ProviderSetting(_Setting):
         None, description="Send the system prompt as a message of that role, or as the field `system`."
     )
     include_usage: bool | None = Field(None, description="Send stream_options.include_usage with streams.")
+    response_format: Literal["json_schema", "bare", "json_object", "none"] | None = Field(
+        None,
+        description="How it takes the form of an answer (labels, schema): json_schema; bare (llama.cpp: of what is no "
+        "object, too); json_object; none, so that the prompt says it.",
+    )
     allow_insecure_http: bool = Field(False, description="Allow a key over plain HTTP to another machine.")
 
     @model_validator(mode="before")
@@ -206,11 +214,39 @@ class BudgetSetting(_Setting):
     )
 
 
+class EvaluateSetting(_Setting):
+    """How the answers are compared with what was expected."""
+
+    expected: str = Field(min_length=1, description="The column with the expected values.")
+    answer: str | None = Field(
+        None,
+        min_length=1,
+        description="What is compared: a property of the schema, `label` or `response`. Default: `label` with labels, "
+        "`response` without.",
+    )
+    metrics: list[Literal[METRICS]] = Field(  # type: ignore[valid-type]
+        default_factory=list,
+        description=f"Some of {', '.join(METRICS)}. Default: accuracy and f1 with labels, exact_match without.",
+    )
+    by: list[str] = Field(default_factory=list, description="Columns by whose values the rows are looked at apart.")
+
+    @field_validator("metrics", "by")
+    @classmethod
+    def _once(cls, value: list[str]) -> list[str]:
+        for name in value:
+            if value.count(name) > 1:
+                raise ValueError(f"{name!r} stands in the list twice")
+        return value
+
+
 class OutputSetting(_Setting):
     """Where the answers go."""
 
     path: str = Field(min_length=1, description="A .parquet path; {run_id} and {date} (UTC) are filled in.")
     prefix: str = Field("", description="Put before the names of the result columns.")
+    answer_prefix: str | None = Field(
+        None, description="Put before the names of the columns made of the answers, such as label. Default: prefix."
+    )
     partial: bool = Field(
         True, description="Write the file after an unfinished run too; false keeps the last whole one."
     )
@@ -270,20 +306,43 @@ class Job(_Setting):
     reuse: bool = Field(
         False, description="Take answers that earlier runs of the job have paid for, and ask equal requests once."
     )
-    labels: Any = Field(None, description=_NOT_YET)
-    schema_: Any = Field(None, alias="schema", description=_NOT_YET)
-    evaluate: Any = Field(None, description=_NOT_YET)
+    labels: list[str] | None = Field(None, min_length=1, description="What an answer may be: one of these.")
+    schema_: dict[str, Any] | str | None = Field(
+        None, alias="schema", description="What an answer must fit: a JSON Schema, or the path of a file with one."
+    )
+    repair: int = Field(
+        0, ge=0, le=10, description="How often an answer that does not fit is asked for again, with what was wrong."
+    )
+    evaluate: EvaluateSetting | None = None
+    canary: int | None = Field(
+        None, ge=1, le=100_000, description="Ask so many rows first, and go on only if max_error_rate allows it."
+    )
+    max_error_rate: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] | None = Field(
+        None, description="Stop once more than this share of the rows settled last failed or did not parse."
+    )
     output: OutputSetting
     ledger: str | None = Field(None, description="Path of the SQLite file. Default: beside the output.")
 
     _path: Path = PrivateAttr(default=Path("job.yaml"))
+    _asked_as: Job | None = PrivateAttr(default=None)
 
-    @field_validator("labels", "schema_", "evaluate", mode="before")
+    @field_validator("labels", mode="before")
     @classmethod
-    def _later(cls, value: Any) -> Any:
-        if value is not None:
-            raise ValueError(_NOT_YET)
+    def _texts(cls, value: Any) -> Any:
+        for label in value if isinstance(value, list) else ():
+            if not isinstance(label, str):
+                raise ValueError(f"{_shown(label)} is no text: write it in quotes")  # noqa: TRY004 - pydantic collects
         return value
+
+    @model_validator(mode="after")
+    def _one_structure(self) -> Job:
+        if self.labels is not None and self.schema_ is not None:
+            raise ValueError("labels and schema exclude each other: a schema can have an enum")
+        if self.repair and self.labels is None and self.schema_ is None:
+            raise ValueError("repair is for answers that do not fit: it needs labels or a schema")
+        if self.canary is not None and self.max_error_rate is None:
+            raise ValueError("canary needs max_error_rate, which says how many may fail")
+        return self
 
     @field_validator("model", mode="before")
     @classmethod
@@ -313,6 +372,11 @@ class Job(_Setting):
         if value and not re.fullmatch(r"[\w][\w.\- ]{0,99}", value):
             raise ValueError(f"{value!r} cannot name a file: use letters, digits, '.', '-' and '_'")
         return value
+
+    @field_validator("schema_")
+    @classmethod
+    def _plain_schema(cls, value: Any) -> Any:
+        return _plain_numbers(value)
 
     @field_validator("parameters")
     @classmethod
@@ -352,13 +416,15 @@ class Job(_Setting):
             folder = folder.parent
         return self.resolve(str(folder)) / f"{self.name}.ledger.sqlite"
 
+    @property
+    def asked_as(self) -> Job:
+        """The job whose labels or schema the requests were made with: itself, or an earlier version of it."""
+        return self._asked_as or self
+
     def request_shape(self) -> dict[str, Any]:
         """What of the job changes the requests or the rows: with an unchanged input, the same shape asks the same."""
-        return self.model_dump(
-            mode="json",
-            include={"prompt", "model", "samples", "parameters", "input", "provider", "reuse"},
-            by_alias=True,
-        )
+        shape = self.model_dump(mode="json", include={*_SHAPING, "input"}, by_alias=True)
+        return shape | self.asked_as.model_dump(mode="json", include={"labels", "schema_"}, by_alias=True)
 
     def snapshot(self) -> dict[str, Any]:
         """The job as plain JSON values; it holds no secret, since secrets are read from the environment."""
@@ -367,11 +433,14 @@ class Job(_Setting):
     def with_shape_of(self, snapshot: Mapping[str, Any]) -> Job:
         """This job with what shapes the request taken from an earlier snapshot of it."""
         now = self.snapshot()
-        shaping = ("prompt", "model", "samples", "parameters", "provider", "reuse")
-        merged = {name: value for name, value in now.items() if name not in shaping}
-        merged |= {name: value for name, value in snapshot.items() if name in shaping}
+        merged = {name: value for name, value in now.items() if name not in _SHAPING}
+        merged |= {name: value for name, value in snapshot.items() if name in _SHAPING}
         job = Job.model_validate(merged)
         job._path = self._path
+        job._asked_as = Job.model_validate(
+            {name: value for name, value in merged.items() if name not in _DERIVING}
+            | {name: value for name, value in snapshot.items() if name in ("labels", "schema")}
+        )
         return job
 
 
@@ -432,10 +501,30 @@ def load_job(path: Path) -> Job:
         raise JobError("\n".join([f"{path}: the job is wrong:", *shown, *more]))
     # The folder itself, not a link to it: `..` must lead to the same ledger from everywhere.
     absolute = path.parent.resolve() / path.name
-    if not job.name:
-        job = job.model_copy(update={"name": absolute.stem})
+    found: dict[str, Any] = {} if job.name else {"name": absolute.stem}
+    job._path = absolute
+    if isinstance(job.schema_, str):
+        found["schema_"] = _read_schema(job, job.schema_)
+    job = job.model_copy(update=found)
     job._path = absolute
     return job
+
+
+def _read_schema(job: Job, name: str) -> dict[str, Any]:
+    path = job.resolve(name)
+    try:
+        document = Document(path.read_text(encoding="utf-8-sig"))
+    except (OSError, UnicodeError) as exc:
+        raise JobError(f"schema: {path}: cannot be read: {exc}") from exc
+    except JobError as exc:
+        raise JobError(f"schema: {path}: {exc}") from exc
+    if document.faults or not isinstance(document.value, dict):
+        raise JobError(
+            f"schema: {path}: is no JSON Schema: it should be an object {'; '.join(document.faults)}".rstrip()
+        )
+    schema = _plain_numbers(document.value)
+    assert isinstance(schema, dict)
+    return schema
 
 
 _MODELS: dict[tuple[str, ...], type[BaseModel]] = {
@@ -447,6 +536,7 @@ _MODELS: dict[tuple[str, ...], type[BaseModel]] = {
     ("prices",): PricesSetting,
     ("budget",): BudgetSetting,
     ("output",): OutputSetting,
+    ("evaluate",): EvaluateSetting,
 }
 
 
@@ -471,7 +561,7 @@ def _fault(document: Document, error: Any) -> str:
         case _ if path[:2] == ("input", "columns"):
             return f"{where}input.columns: should be a list of names, or a map of names to types (is {_shown(value)})"
         case "model_type" | "model_attributes_type":
-            forms = "a mapping" if name in ("retry", "prices", "budget") else "text or a mapping"
+            forms = "a mapping" if name in ("retry", "prices", "budget", "evaluate") else "text or a mapping"
             return f"{where}{name}: should be {forms} (is {_shown(value)})"
         case _:
             said = error["msg"].replace("Input should be", "should be").replace("String should", "should")

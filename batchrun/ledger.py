@@ -34,7 +34,7 @@ from batchrun.ledger_view import (
     SETTLEMENT_COLUMNS,
     LedgerView,
     Run,
-    digest,
+    attempt_seal,
     everywhere,
     log_of,
     seal,
@@ -53,6 +53,7 @@ from batchrun.records import (
     Reservation,
     RowFault,
     Settlement,
+    Slot,
     now_us,
 )
 
@@ -341,6 +342,7 @@ class Ledger(LedgerView):
                         if settlement.exchange.body
                     ],
                 )
+                self._note_repairs(run, settlements)
             if intents:
                 intended = self._db.executemany(_INTEND, [self._intended(run, intent) for intent in intents])
                 if intended.rowcount != len(intents):
@@ -351,6 +353,35 @@ class Ledger(LedgerView):
         self.is_dirty = True
         if intents:
             self.newest_intended = intents[-1].attempt_id
+
+    def _note_repairs(self, run: Run, settlements: Sequence[Settlement]) -> None:
+        for settlement in settlements:
+            request = settlement.intent.request
+            if settlement.repair_wanted is not None or (request.repair and settlement.is_final):
+                self._forget_repair(run, request.slot, request.key)
+            if settlement.repair_wanted is not None:
+                values = (run.run, *request.slot, request.key, settlement.repair_wanted)
+                self._db.execute("INSERT INTO repair_wanted VALUES (?, ?, ?, ?, ?, ?)", values)
+
+    def _forget_repair(self, run: Run, slot: Slot, key: str) -> None:
+        # Also as wanted where the row stood before.
+        self._db.execute(
+            "DELETE FROM repair_wanted WHERE run = :run AND model = :model AND sample = :sample AND key = :key "
+            "AND (row_index = :row OR row_index IN (SELECT row_index FROM moved WHERE moved.run = :run "
+            "AND to_row = :row AND moved.model = :model AND moved.sample = :sample AND moved.key = :key))",
+            {"run": run.run, "row": slot.row_index, "model": slot.model, "sample": slot.sample, "key": key},
+        )
+
+    def drop_repairs(self, run: Run, wanted: Iterable[tuple[Slot, str]]) -> None:
+        """These slots are not to be asked again after all: their answers stand. By slot and key."""
+        with self._transaction():
+            for slot, key in wanted:
+                self._forget_repair(run, slot, key)
+
+    def note_labels(self, run: Run, labels: dict[str, int]) -> None:
+        """Record how often a run gave each label."""
+        with self._transaction():
+            self._db.execute("UPDATE run SET labels = ? WHERE run = ?", (_json(labels), run.run))
 
     def sync(self) -> None:
         """Bring the write-ahead log to the disk: what was committed before survives a power cut."""
@@ -440,6 +471,7 @@ class Ledger(LedgerView):
         return (
             intent.attempt_id, run.run, self._invocation, *request.slot, request.key, intent.number,
             intent.client_request_id, intent.sent_at, len(request.body), intent.reserved_pico,
+            request.repair, request.repair_key,
         )  # fmt: skip
 
     def _sealed(self, run: Run, settlement: Settlement) -> tuple[Any, ...]:
@@ -450,7 +482,7 @@ class Ledger(LedgerView):
             held_pico=settlement.held_pico,
             settled_after=settlement.settled_after,
         )
-        sealed = seal((*self._intended(run, settlement.intent), *values, digest(settlement.exchange.body)))
+        sealed = attempt_seal(self._intended(run, settlement.intent), values, settlement.exchange.body)
         return (*values, sealed, settlement.intent.attempt_id)
 
     def _count(self, run: Run, intents: int, seals: Sequence[int]) -> None:
@@ -498,7 +530,7 @@ class Ledger(LedgerView):
                 values = _outcome(
                     never_came, now_us(), is_final=False, held_pico=None, settled_after=self.newest_attempt
                 )
-                sealed = seal((*intended, *values, digest(b"")))
+                sealed = attempt_seal(intended, values, b"")
                 self._db.execute(_SETTLE, (*values, sealed, intended[0]))
                 self._count(Run(intended[1], "", 0, "", is_new=False), 0, [sealed])
 
@@ -546,7 +578,7 @@ _NUMBERED = {name: f"?{number}" for number, name in enumerate(INTENT_COLUMNS, 1)
 # Only where the group has no answer: what would be paid for twice is not even recorded.
 _INTEND = f"""
     INSERT INTO attempt ({", ".join(INTENT_COLUMNS)}) SELECT {", ".join(_NUMBERED.values())}
-    WHERE NOT EXISTS (SELECT 1 FROM attempt WHERE outcome = 'ok'
+    WHERE NOT EXISTS (SELECT 1 FROM attempt WHERE outcome = 'ok' AND repair >= {_NUMBERED["repair"]}
         AND {" AND ".join(f"{name} = {_NUMBERED[name]}" for name in ("run", "row_index", "model", "sample", "key"))})
 """
 _SETTLE = f"""

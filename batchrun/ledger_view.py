@@ -42,6 +42,16 @@ class SlotState(NamedTuple):
     tries: int
     is_reused: bool = False
     """It takes what becomes of another slot, and is never asked itself."""
+    repair: int | None = None
+    """It is to be asked again, for the so many-th time, because its answer does not fit."""
+
+
+class WantedRepair(NamedTuple):
+    """A slot is to be asked again, because its answer does not fit."""
+
+    repair: int
+    """For the how many-th time."""
+    key: str
 
 
 class Snapshot(NamedTuple):
@@ -178,6 +188,9 @@ class LedgerView:
             ):
                 state = found.get(Slot(*slot), SlotState(False, False, 0))
                 found[Slot(*slot)] = state._replace(is_reused=True)
+        for slot, wanted in self.repairs_wanted(run, start, stop).items():
+            found[slot] = found.get(slot, SlotState(False, False, 0))._replace(is_answered=False, repair=wanted.repair)
+        with storage(self.path):
             faults = self._db.execute(
                 "SELECT row_index, model, sample FROM row_fault WHERE run = ? AND row_index >= ? AND row_index < ?",
                 (run.run, start, stop),
@@ -226,13 +239,25 @@ class LedgerView:
             (run.run, start, stop, *slots.models, slots.samples),
         )
         settled = dict(rows)
-        for chunk, number in self.rows(
-            f"SELECT row_index / {_CHUNK_ROWS}, count(*) FROM reused WHERE run = ? AND row_index >= ? "
-            "AND row_index < ? GROUP BY 1",
-            (run.run, start, stop),
-        ):
-            settled[chunk] = settled.get(chunk, 0) + number
+        for table, sign in (("reused", 1), ("repair_wanted", -1)):
+            for chunk, number in self.rows(
+                f"SELECT row_index / {_CHUNK_ROWS}, count(*) FROM {table} WHERE run = ? AND row_index >= ? "
+                "AND row_index < ? GROUP BY 1",
+                (run.run, start, stop),
+            ):
+                settled[chunk] = settled.get(chunk, 0) + sign * number
         return settled
+
+    def repairs_wanted(self, run: Run, start: int = 0, stop: int = 2**62) -> dict[Slot, WantedRepair]:
+        """Slots in rows `start` ≤ index < `stop` that are to be asked again."""
+        rows = self.rows(
+            "SELECT at, model, sample, max(repair), key FROM ("
+            "SELECT CASE WHEN moved.run IS NULL THEN row_index ELSE to_row END AS at, model, sample, key, repair "
+            "FROM repair_wanted LEFT JOIN moved USING (run, row_index, model, sample, key) WHERE repair_wanted.run = ?"
+            ") WHERE at >= ? AND at < ? GROUP BY at, model, sample",
+            (run.run, start, stop),
+        )
+        return {Slot(*slot): WantedRepair(repair, key) for *slot, repair, key in rows}
 
     def standing(self, run: Run, start: int, stop: int) -> Iterator[StandingAttempt]:
         """Settled attempts of the slots in rows `start` ≤ index < `stop`, slot by slot, oldest first."""
@@ -240,9 +265,9 @@ class LedgerView:
         with storage(self.path):
             rows = self._db.execute(
                 f"""
-                SELECT at, model, sample, standing.attempt_id, key, client_request_id, settled_at, outcome, final,
-                    error, prompt_tokens, completion_tokens, total_tokens, cached_tokens, reasoning_tokens, usd_pico,
-                    cost_source, request_id, latency_us, first_token_us, streamed, flags,
+                SELECT at, model, sample, standing.attempt_id, coalesce(repair_key, key), client_request_id, settled_at,
+                    outcome, final, error, prompt_tokens, completion_tokens, total_tokens, cached_tokens,
+                    reasoning_tokens, usd_pico, cost_source, request_id, latency_us, first_token_us, streamed, flags,
                     CASE outcome WHEN 'ok' THEN body END, is_reused
                 FROM ({self.standing_sql(run)}) AS standing LEFT JOIN answer USING (attempt_id)
                 ORDER BY at, model, sample, standing.attempt_id
@@ -290,7 +315,21 @@ class LedgerView:
                 everywhere(run),
             ).fetchone()
         faults = self._value("SELECT count(*) FROM row_fault WHERE run = ?", run.run)
-        return ok, failed + faults
+        return ok - len(self.repairs_wanted(run)), failed + faults
+
+    def unplaced_answers(self, run: Run) -> int:
+        """Answers of a run that no row asks for any more."""
+        number = self._value(
+            "SELECT count(*) FROM moved JOIN attempt USING (run, row_index, model, sample, key) "
+            "WHERE run = ? AND to_row IS NULL AND outcome = 'ok'",
+            run.run,
+        )
+        return int(number)
+
+    def earlier_labels(self, run: Run) -> dict[str, int] | None:
+        """How often the last run before this one gave each label; None if no run did."""
+        text = self._value("SELECT labels FROM run WHERE run < ? AND labels IS NOT NULL ORDER BY run DESC", run.run)
+        return self.document(text) if text is not None else None
 
     def price_list(self, url: str) -> tuple[str | None, int, bytes] | None:
         """ETag, time and body of a provider's list as it came last; None if it never came."""
@@ -348,7 +387,7 @@ _CHARGED = (
     "attempt_id", "run", "invocation", "row_index", "model", "sample", "key", "number", "client_request_id", "sent_at",
     "settled_at", "outcome", "final", "status", "error_kind", "error", "prompt_tokens", "completion_tokens",
     "total_tokens", "cached_tokens", "cache_write_tokens", "reasoning_tokens", "request_id", "latency_us",
-    "first_token_us", "streamed", "flags", "request_bytes", "reserved_pico", "origin",
+    "first_token_us", "streamed", "flags", "request_bytes", "reserved_pico", "repair", "repair_key", "origin",
 )  # fmt: skip
 _REUSED = (
     f"SELECT reused.row_index AS at, 1 AS is_reused, {', '.join(f'charged.{name}' for name in _CHARGED)}, "
@@ -405,7 +444,7 @@ NO_ROW = -1
 """The row of an attempt whose row is not known any more."""
 INTENT_COLUMNS = (
     "attempt_id", "run", "invocation", "row_index", "model", "sample", "key", "number", "client_request_id", "sent_at",
-    "request_bytes", "reserved_pico",
+    "request_bytes", "reserved_pico", "repair", "repair_key",
 )  # fmt: skip
 SETTLEMENT_COLUMNS = (
     "settled_at", "outcome", "final", "status", "error_kind", "error", "prompt_tokens", "completion_tokens",
@@ -416,12 +455,21 @@ SEAL_MASK = 2**62 - 1
 
 
 def seal(values: Sequence[Any]) -> int:
-    """A hash of an attempt, below 2^62, by which `verify` tells whether it was altered since.
+    """A hash of some values, below 2^62, by which `verify` tells whether they were altered since."""
+    return int.from_bytes(blake2b(repr(tuple(values)).encode(), digest_size=8).digest()) >> 2
+
+
+def attempt_seal(intended: Sequence[Any], settled: Sequence[Any], body: bytes) -> int:
+    """The seal of an attempt.
 
     Args:
-        values: those of INTENT_COLUMNS, those of SETTLEMENT_COLUMNS, and the digest of the answer.
+        intended: the values of INTENT_COLUMNS.
+        settled: those of SETTLEMENT_COLUMNS.
     """
-    return int.from_bytes(blake2b(repr(tuple(values)).encode(), digest_size=8).digest()) >> 2
+    *first, repair, repair_key = intended
+    # What is no repair is sealed as it was before there were any.
+    repaired = (repair, repair_key) if repair else ()
+    return seal((*first, *repaired, *settled, digest(body)))
 
 
 def digest(body: bytes) -> str:

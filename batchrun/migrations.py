@@ -142,6 +142,33 @@ _MIGRATIONS: tuple[str, ...] = (
         LEFT JOIN amendment ON amendment.amendment = correction.amendment;
     """,
     """
+    ALTER TABLE attempt ADD COLUMN repair INTEGER NOT NULL DEFAULT 0;   -- how often the slot was asked again, so far,
+    ALTER TABLE attempt ADD COLUMN repair_key TEXT;                     -- because its answer did not fit; and that key
+    CREATE TABLE repair_wanted (                  -- answered groups that are to be asked again
+        run INTEGER NOT NULL REFERENCES run,
+        row_index INTEGER NOT NULL, model TEXT NOT NULL, sample INTEGER NOT NULL, key TEXT NOT NULL,
+        repair INTEGER NOT NULL,                  -- for the how many-th time
+        PRIMARY KEY (run, row_index, model, sample, key)
+    ) STRICT, WITHOUT ROWID;
+    ALTER TABLE run ADD COLUMN labels TEXT;       -- how often each label was given, as JSON
+    DROP VIEW charged;
+    CREATE VIEW charged AS                        -- attempts with what is known of their cost now
+        SELECT attempt.attempt_id, run, invocation, row_index, model, sample, key, number, client_request_id, sent_at,
+            settled_at, outcome, final, status, error_kind, error, prompt_tokens, completion_tokens, total_tokens,
+            cached_tokens, cache_write_tokens, reasoning_tokens, request_id, latency_us, first_token_us, streamed,
+            flags, request_bytes, reserved_pico, repair,
+            repair_key, origin,
+            coalesce(correction.usd_pico, attempt.usd_pico) AS usd_pico,
+            coalesce(correction.cost_source, attempt.cost_source) AS cost_source,
+            CASE origin
+                WHEN 'reconcile' THEN correction.usd_pico
+                WHEN 'reprice' THEN max(coalesce(held_pico, attempt.usd_pico, reserved_pico, 0), correction.usd_pico)
+                ELSE coalesce(held_pico, attempt.usd_pico, reserved_pico)
+            END AS held_pico
+        FROM attempt
+        LEFT JOIN correction ON correction.attempt_id = attempt.attempt_id AND correction.amendment =
+            (SELECT max(amendment) FROM correction AS newer WHERE newer.attempt_id = attempt.attempt_id)
+        LEFT JOIN amendment ON amendment.amendment = correction.amendment;
     CREATE TABLE reused (                         -- slots that take the answer of another group for nothing
         run INTEGER NOT NULL REFERENCES run,
         row_index INTEGER NOT NULL, model TEXT NOT NULL, sample INTEGER NOT NULL, key TEXT NOT NULL,

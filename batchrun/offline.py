@@ -11,7 +11,7 @@ from decimal import Decimal
 from typing import Any
 
 from batchrun import accounts
-from batchrun.delivery import summarise, write_output
+from batchrun.delivery import summarise, with_derived, write_output
 from batchrun.errors import JobError, MissingHereError, StorageError
 from batchrun.estimate import Estimate, Estimator, together
 from batchrun.job import Job
@@ -187,9 +187,9 @@ def rewrite(job: Job, ledger: Ledger, run: Run, known: Snapshot) -> Summary:
     output = plan.output_path(run)
     rows = place(plan, ledger, run)
     summary = replace(summarise(plan, ledger, run, rows), output=str(output), reason=known.reason)
-    write_output(plan, ledger, run, output, lambda: summary)
+    derivation = write_output(plan, ledger, run, output, lambda: summary)
     ledger.note_output(run)
-    return summary
+    return with_derived(summary, derivation)
 
 
 def refresh(job: Job, ledger: Ledger) -> str:

@@ -14,17 +14,19 @@ import pyarrow as pa
 
 from batchrun import local
 from batchrun.answers import result_schema
+from batchrun.derive import Derivation, structure_of
 from batchrun.errors import InputError, JobError
 from batchrun.job import Job
 from batchrun.ledger import Ledger
 from batchrun.ledger_view import LedgerView, Run, SlotState
 from batchrun.providers import Endpoint, resolve
 from batchrun.rates import prompt_tokens
-from batchrun.records import Asked, Request, RowFault, RowSlots, Slot
+from batchrun.records import Answer, Asked, Request, Review, RowFault, RowSlots, Slot
 from batchrun.sink import check_schema
 from batchrun.source import Batch, Source
 from batchrun.template import NotRenderedError, Template
 from batchrun.uniqueness import UniqueValues
+from batchrun.wire import read_answer
 
 _STATES_AT_ONCE = 10_000
 
@@ -57,12 +59,15 @@ class Plan:
         self.unbounded_row: int | None = None
         self.outside_row: int | None = None
         self.source = Source(job, known)
-        self.templates = [Template(job, self.source.columns, endpoint, model) for model in models]
+        asked_for = structure_of(job.asked_as)
+        self.templates = [Template(job, self.source.columns, endpoint, model, asked_for) for model in models]
         self.result_schema = result_schema(
             streamed=job.stream, sampled=job.samples > 1, reuses=job.reuse, prefix=job.output.prefix
         )
-        self._refuse_collisions()
-        self.schema = pa.schema([*self.source.schema, *self.result_schema])
+        self._structure = structure_of(job)
+        derived = self.derivation().schema
+        self._refuse_collisions(derived)
+        self.schema = pa.schema([*self.source.schema, *self.result_schema, *derived])
         check_schema(self.schema)
 
     @classmethod
@@ -96,9 +101,52 @@ class Plan:
         return dict(zip(self.slots.models, self.job.models, strict=True))
 
     @property
+    def shape(self) -> str:
+        """A digest of what the requests are made by, apart from the rows."""
+        shape: list[Any] = [self.job.request_shape(), self.endpoint.identity, self.endpoint.system, self.slots]
+        if self.job.tokens_per_minute is not None:
+            shape.append(self.job.tokens_per_minute)  # by which rows are refused
+        return blake2b(repr(shape).encode(), digest_size=16).hexdigest()
+
+    @property
     def columns(self) -> list[str]:
         """The columns that a prompt needs."""
         return self.templates[0].columns
+
+    def derivation(self) -> Derivation:
+        """What makes columns of the answers, for one writing of the output."""
+        return Derivation(self.job, self.slots, self.source.schema)
+
+    def review(self, request: Request, answer: Answer) -> Review:
+        """Whether an answer has the form that is wanted, and what to ask if it has not."""
+        error = self._misfit(answer)
+        if error is None:
+            return Review()
+        if request.repair >= self.job.repair:
+            return Review(fits=False)
+        return Review(False, self._template_of(request.slot).repaired(request, answer.text, error))
+
+    def needless_repairs(self, ledger: LedgerView, run: Run) -> Iterator[tuple[Slot, str]]:
+        """Slots that were to be asked again, and by the job of now are not, with their keys."""
+        for slot, (repair, key) in ledger.repairs_wanted(run).items():
+            if repair > self.job.repair or self._misfit(_answers(ledger, run, slot)[-1]) is None:
+                yield slot, key
+
+    def _asked_again(self, ledger: LedgerView, run: Run, request: Request) -> Request:
+        """The request that goes on with the repair of a slot."""
+        template = self._template_of(request.slot)
+        for answer in _answers(ledger, run, request.slot):
+            request = template.repaired(request, answer.text, self._misfit(answer) or "it is not what was asked for")
+        return request
+
+    def _misfit(self, answer: Answer) -> str | None:
+        """Why an answer does not have the form that is wanted; None if it has."""
+        if self._structure is None:
+            return None
+        return self._structure.parse(answer.text, is_cut="truncated" in answer.flags).error
+
+    def _template_of(self, slot: Slot) -> Template:
+        return self.templates[self.slots.models.index(slot.model)]
 
     def is_placed_as(self, placed: Mapping[str, Any] | None) -> bool:
         """True if the files of the input are those that a run's answers were placed by. `placed`: the run's own."""
@@ -176,14 +224,22 @@ class Plan:
         for start, stop in ledger.unsettled(run, self.slots, rows, retry_failed=retry_failed):
             self.source.refuse_change()
             for batch in self.source.batches(self.columns, start, stop):
-                tries = self._wanted(ledger, run, batch.start, batch.start + batch.rows.num_rows, retry_failed, only)
-                if not tries:
+                wanted = self._wanted(ledger, run, batch.start, batch.start + batch.rows.num_rows, retry_failed, only)
+                if not wanted:
                     continue
-                wanted = {slot.row_index for slot in tries}
+                row_indices = {slot.row_index for slot in wanted}
                 for row_index, row in enumerate(_plain_rows(batch, self.columns), batch.start):
-                    for request in self._requests(row_index, row) if row_index in wanted else ():
-                        if isinstance(request, Request) and request.slot in tries:
-                            yield request._replace(tries=tries[request.slot]) if tries[request.slot] else request
+                    for request in self._requests(row_index, row) if row_index in row_indices else ():
+                        if isinstance(request, Request) and request.slot in wanted:
+                            yield self._gone_on(ledger, run, request, wanted[request.slot])
+
+    def _gone_on(self, ledger: LedgerView, run: Run, request: Request, state: SlotState | None) -> Request:
+        """The next request of a slot that may have been asked before."""
+        if state is None or not state.tries:
+            return request
+        if state.repair is not None:
+            request = self._asked_again(ledger, run, request)
+        return request._replace(tries=state.tries)
 
     def pending_rows(self, ledger: LedgerView, run: Run, rows: int, *, retry_failed: bool) -> Iterator[int]:
         """The rows that `pending` would ask, without reading them."""
@@ -200,16 +256,16 @@ class Plan:
         stop: int,
         retry_failed: bool,
         only: Container[int] | None = None,
-    ) -> dict[Slot, int]:
-        """The slots of rows `start` ≤ index < `stop` that are to be asked, with the attempts that each has had."""
+    ) -> dict[Slot, SlotState | None]:
+        """The slots of rows `start` ≤ index < `stop` that are to be asked, with what is known of each."""
         states = ledger.states(run, start, stop)
-        wanted = {}
+        wanted: dict[Slot, SlotState | None] = {}
         for row_index in range(start, stop):
             if only is None or row_index in only:
                 for slot in self.slots.of(row_index):
                     state = states.get(slot)
                     if _is_wanted(state, retry_failed):
-                        wanted[slot] = state.tries if state else 0
+                        wanted[slot] = state
         return wanted
 
     def _requests(self, row_index: int, row: Mapping[str, Any], *, keyed: bool = True) -> Iterator[Request | RowFault]:
@@ -235,8 +291,13 @@ class Plan:
             return RowFault(slot, error, request.key)
         return request
 
-    def _refuse_collisions(self) -> None:
-        doubled = [name for name in self.result_schema.names if name in self.source.schema.names]
+    def _refuse_collisions(self, derived: pa.Schema) -> None:
+        if twice := [name for name in derived.names if name in self.result_schema.names]:
+            raise JobError(
+                f"the answers give columns named like results ({', '.join(twice)}): "
+                "set output: {path: …, answer_prefix: answer_}"
+            )
+        doubled = [name for name in (*self.result_schema.names, *derived.names) if name in self.source.schema.names]
         if not doubled:
             return
         mend = "set output: {path: …, prefix: answer_}"
@@ -253,9 +314,21 @@ def _real(path: Path) -> Path:
 def _is_wanted(state: SlotState | None, retry_failed: bool) -> bool:
     if state is None:
         return True
+    if state.repair is not None:
+        return True
     if state.is_answered or state.is_reused:
         return False
     return not state.is_failed or bool(retry_failed and state.tries)
+
+
+def _answers(ledger: LedgerView, run: Run, slot: Slot) -> list[Answer]:
+    """What a slot was answered, in order."""
+    found = (
+        read_answer(attempt.body, {}, streamed=attempt.streamed, counts=False)
+        for attempt in ledger.standing(run, slot.row_index, slot.row_index + 1)
+        if attempt.slot == slot and attempt.body is not None
+    )
+    return [answer if isinstance(answer, Answer) else Answer(None, "unknown") for answer in found]
 
 
 def _plain_rows(batch: Batch, columns: list[str]) -> list[dict[str, Any]]:
@@ -291,10 +364,7 @@ def place(plan: Plan, ledger: Ledger, run: Run) -> int:
     Raises:
         JobError: the input is not as it should be.
     """
-    shape: list[Any] = [plan.job.request_shape(), plan.endpoint.identity, plan.endpoint.system, plan.slots]
-    if plan.job.tokens_per_minute is not None:
-        shape.append(plan.job.tokens_per_minute)  # by which rows are refused
-    found = {"files": plan.source.seen, "shape": blake2b(repr(shape).encode(), digest_size=16).hexdigest()}
+    found = {"files": plan.source.seen, "shape": plan.shape}
     placed = ledger.placed_input(run)
     # A run that has sent nothing is read anew: there is nothing to save, and the warnings must be seen again.
     if (

@@ -72,7 +72,7 @@ class Progress:
         self._tokens += settlement.exchange.usage.total_tokens or 0
         self._usd += settlement.exchange.cost.usd or 0
         self._is_estimated |= settlement.exchange.cost.source == "library"
-        if not settlement.is_final:
+        if not settlement.decides:
             self._retries += 1
             return
         self._settled += 1

@@ -8,11 +8,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import blake2b
+from typing import Literal
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from batchrun.errors import JobError, MissingHereError
 from batchrun.scrub import Scrubber
+
+ResponseFormat = Literal["json_schema", "bare", "json_object"]
+"""How a provider takes the form of an answer: an object's schema alone, any schema, or only the wish for an object."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,31 +37,35 @@ class Provider:
     """What `GET /models` must be asked to list prices; None for a provider that publishes none there."""
     has_logs: bool = False
     """`GET /v2/logs` lists what each request was billed, by our own request id (AI/ML API)."""
+    response_format: ResponseFormat | None = "json_schema"
+    """None: not at all, so that the prompt must say it."""
 
 
 PROVIDERS: Mapping[str, Provider] = {
-    # Its two generations of request schema differ in `stream_options`, so it is not sent unless asked for.
+    # Its two generations of request schema differ in `stream_options` and `response_format`, so neither is sent unless
+    # asked for.
     "aimlapi": Provider(
         "https://api.aimlapi.com/v1",
         "AIML_API_KEY",
         include_usage=False,
         price_query={"include": "pricing"},
         has_logs=True,
+        response_format=None,
     ),
     "openai": Provider("https://api.openai.com/v1", "OPENAI_API_KEY"),
     "openrouter": Provider("https://openrouter.ai/api/v1", "OPENROUTER_API_KEY", cost_in_usage=True, price_query={}),
-    "deepseek": Provider("https://api.deepseek.com/v1", "DEEPSEEK_API_KEY"),
+    "deepseek": Provider("https://api.deepseek.com/v1", "DEEPSEEK_API_KEY", response_format="json_object"),
     "groq": Provider("https://api.groq.com/openai/v1", "GROQ_API_KEY"),
     "together": Provider("https://api.together.xyz/v1", "TOGETHER_API_KEY"),
     "mistral": Provider("https://api.mistral.ai/v1", "MISTRAL_API_KEY", include_usage=False),
     "gemini": Provider("https://generativelanguage.googleapis.com/v1beta/openai", "GEMINI_API_KEY"),
     "ollama": Provider("http://127.0.0.1:11434/v1", is_free=True),
     "vllm": Provider("http://127.0.0.1:8000/v1", is_free=True),
-    "llama.cpp": Provider("http://127.0.0.1:8080/v1", is_free=True),
+    "llama.cpp": Provider("http://127.0.0.1:8080/v1", is_free=True, response_format="bare"),
     # The model server that batchrun itself starts: its address is known once it runs.
-    "local": Provider("http://127.0.0.1/v1", is_free=True),
+    "local": Provider("http://127.0.0.1/v1", is_free=True, response_format="bare"),
 }
-CUSTOM = Provider(None)
+CUSTOM = Provider(None, response_format=None)
 
 
 @dataclass(frozen=True)
@@ -74,6 +82,7 @@ class Endpoint:
     is_free: bool
     price_query: Mapping[str, str] | None = None
     has_logs: bool = False
+    response_format: ResponseFormat | None = None
     key_variable: str | None = None
     """The environment variable that the key was read from."""
     headers: Mapping[str, str] = field(repr=False, default_factory=dict)
@@ -91,6 +100,9 @@ class Endpoint:
         return parts._replace(path=f"{parts.path.rstrip('/')}/{path}").geturl()
 
 
+_FORMATS: Mapping[str, ResponseFormat | None] = {
+    "json_schema": "json_schema", "bare": "bare", "json_object": "json_object", "none": None,
+}  # fmt: skip
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 _SECRET_HEADER = re.compile(r"auth|key|token|secret|cookie|credential|password", re.IGNORECASE)
 _SHORTEST_SECRET = 8
@@ -152,6 +164,7 @@ def resolve(
     headers: Mapping[str, str] | None = None,
     system: str | None = None,
     include_usage: bool | None = None,
+    response_format: ResponseFormat | Literal["none"] | None = None,
     allow_insecure_http: bool = False,
 ) -> Endpoint:
     """The endpoint of a provider by name, with what the job sets over the table's values.
@@ -202,6 +215,7 @@ def resolve(
         is_free=known.is_free,
         price_query=known.price_query,
         has_logs=known.has_logs,
+        response_format=known.response_format if response_format is None else _FORMATS[response_format],
         key_variable=variable if "Authorization" in filled else None,
         headers=filled,
         secrets=tuple(value for value in environment.values if len(value) >= _SHORTEST_SECRET),

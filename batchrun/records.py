@@ -121,6 +121,10 @@ class Request(NamedTuple):
     """False if it names something outside, such as an image by its address: its bytes bound no tokens then."""
     media: int = 0
     """Images, files and sounds in them."""
+    repair: int = 0
+    """How often the slot was asked again because its answer did not fit, this time included."""
+    repair_key: str | None = None
+    """Of a request that asks again; `key` stays that of its slot."""
 
 
 class Exchange(NamedTuple):
@@ -184,6 +188,22 @@ class Settlement(NamedTuple):
     """What a cap counts the attempt as, where that is neither its cost nor its reservation."""
     settled_after: int | None = None
     """The newest attempt that there was then: what came first, this or another's intent."""
+    repair_wanted: int | None = None
+    """The slot is to be asked again, for the so many-th time, because the answer does not fit."""
+
+    @property
+    def decides(self) -> bool:
+        """Whether nothing more is asked for its slot."""
+        return self.is_final and self.repair_wanted is None
+
+
+class Review(NamedTuple):
+    """What an answer is worth to the job."""
+
+    fits: bool = True
+    """It has the form that is wanted, or none is."""
+    again: Request | None = None
+    """The slot is to be asked again with this."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,6 +252,18 @@ class StandingAttempt(NamedTuple):
     """It was made for another slot, and is counted there."""
 
 
+class Outcome(NamedTuple):
+    """A slot's answer, as far as something can be made of it."""
+
+    text: str | None
+    """None if it has none."""
+    is_ok: bool
+    is_cut: bool
+    """It ended because it was as long as allowed."""
+    usd_pico: int | None
+    """What the slot took; None if that is not known."""
+
+
 @dataclass(frozen=True)
 class Totals:
     """Sums over a run. Dollars are exact."""
@@ -255,6 +287,9 @@ class Totals:
     attempts: int
     unplaced: int
     unplaced_usd: Decimal
+    repairs: int
+    """Attempts that asked again for an answer that fits."""
+    repair_usd: Decimal
     reused: int
     """Slots that took the answer of another one."""
     saved_usd: Decimal | None

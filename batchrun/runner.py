@@ -25,7 +25,19 @@ from batchrun.ledger_view import Run
 from batchrun.money import NOT_BILLED, from_pico, usd_text
 from batchrun.pacing import Pacing
 from batchrun.rates import Rates
-from batchrun.records import Action, Exchange, Failure, Intent, Request, Reservation, Settlement, Slot, now_us
+from batchrun.records import (
+    Action,
+    Answer,
+    Exchange,
+    Failure,
+    Intent,
+    Request,
+    Reservation,
+    Review,
+    Settlement,
+    Slot,
+    now_us,
+)
 
 if TYPE_CHECKING:
     from batchrun.retry import Retries
@@ -42,9 +54,21 @@ _WALLS = 3
 """Rows that are told to wait for longer than they may, without an answer between; or times that a lone row is."""
 _WALL_PAUSE = 1.0
 _SHORTEST_OUTAGE = 60.0
+_CANARY_LOOK = 0.05
+"""Seconds after which a worker looks again whether the first rows are settled."""
 _LAST_TRIES = 3
 """Each makes more room on a full disk than the one before."""
 _ROWS_OWN = ("bad_request", "not_found", "forbidden", "redirect", "malformed", "timeout", "disconnect")
+
+
+class Breaker(Protocol):
+    """Stops a run whose answers are bad."""
+
+    def note(self, *, fits: bool) -> Stop | None:
+        """Take a row that is settled; `fits`: it has the answer that is wanted."""
+
+    def is_shut(self, drawn: int) -> bool:
+        """True as long as no more rows than those `drawn` may be asked."""
 
 
 class Sender(Protocol):
@@ -91,6 +115,8 @@ class Runner:
         rates: how many may go out in a minute.
         clock: seconds, monotonic.
         models: those that are asked; if one refuses all rows, the others go on.
+        review: looks at each answer.
+        breaker: stops a run whose answers are bad.
         on_settled: called with every settlement, for the progress display.
         on_drained: called once there are no more rows to draw.
     """
@@ -110,6 +136,8 @@ class Runner:
         stop_seconds: float,
         clock: Callable[[], float],
         models: Collection[str] = (),
+        review: Callable[[Request, Answer], Review] = lambda request, answer: Review(),
+        breaker: Breaker | None = None,
         on_settled: Callable[[Settlement], None] = lambda settlement: None,
         on_drained: Callable[[], None] = lambda: None,
     ) -> None:
@@ -131,6 +159,9 @@ class Runner:
         self._health = _Health(max_attempts, max_seconds, clock())
         self._turn = asyncio.Lock()
         self._models = models
+        self._review = review
+        self._breaker = breaker
+        self._drawn = 0
         self._refused: dict[str, Stop] = {}
         """Models that refuse all rows, and why."""
         self._waiting: list[_Work] = []
@@ -219,12 +250,17 @@ class Runner:
             now = self._clock()
             if self._waiting and self._waiting[0].due <= now:
                 return heapq.heappop(self._waiting)
+            if self._breaker is not None and self._breaker.is_shut(self._drawn):
+                # The first rows are looked at before any other is asked.
+                await self._nap(_CANARY_LOOK)
+                continue
             if not self._is_exhausted and len(self._waiting) < _WAITING_PER_SLOT * self._concurrency:
                 request = next(self._requests, None)
                 if request is not None:
                     if request.slot.model in self._refused:
                         continue
                     self._undecided += 1
+                    self._drawn += 1
                     return _Work(now, next(self._order), request, tries=request.tries)
                 self._is_exhausted = True
                 self._on_drained()
@@ -296,10 +332,19 @@ class Runner:
         if hold.is_over:
             self._halt(_overcharged(intent, exchange, hold.needed_factor))
         is_final, stop = self._decide(work, exchange)
-        self._undecided -= is_final
-        settlement = Settlement(intent, exchange, now_us(), is_final, hold.pico, self._ledger.newest_attempt)
+        review = self._review(work.request, exchange.answer) if exchange.answer is not None else Review(fits=False)
+        settlement = Settlement(
+            intent, exchange, now_us(), is_final, hold.pico, self._ledger.newest_attempt,
+            review.again.repair if review.again is not None else None,
+        )  # fmt: skip
         self._journal.settle(settlement)
         self._on_settled(settlement)
+        if settlement.decides:
+            self._undecided -= 1
+            stop = stop or (self._breaker.note(fits=review.fits) if self._breaker is not None else None)
+        elif review.again is not None:
+            again = _Work(self._clock(), next(self._order), review.again, tries=work.tries)
+            heapq.heappush(self._waiting, again)
         if stop is not None:
             self._halt(stop)
 

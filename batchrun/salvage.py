@@ -21,7 +21,16 @@ import zstandard
 from batchrun.errors import JobError, StorageError
 from batchrun.folders import sync_folder
 from batchrun.job import Job
-from batchrun.ledger_view import INTENT_COLUMNS, NO_ROW, SEAL_MASK, SETTLEMENT_COLUMNS, digest, log_of, seal, storage
+from batchrun.ledger_view import (
+    INTENT_COLUMNS,
+    NO_ROW,
+    SEAL_MASK,
+    SETTLEMENT_COLUMNS,
+    attempt_seal,
+    log_of,
+    seal,
+    storage,
+)
 from batchrun.migrations import create
 from batchrun.records import now_us
 
@@ -49,15 +58,23 @@ _HAS: dict[str, dict[str, type]] = {
     },
     "correction": {"attempt_id": int, "amendment": int, "usd_pico": int, "cost_source": str},
     "moved": {"run": int, "row_index": int, "model": str, "sample": int, "key": str},
+    "repair_wanted": {"run": int, "row_index": int, "model": str, "sample": int, "key": str, "repair": int},
     "reused": {
         "run": int, "row_index": int, "model": str, "sample": int, "key": str, "source_run": int, "source_row": int,
     },
     "row_fault": {"run": int, "row_index": int, "model": str, "sample": int, "error": str},
 }  # fmt: skip
 """What a row of a table cannot be without."""
-_NUMBERED_BY = {"correction": "attempt_id", "moved": "row_index", "reused": "row_index", "row_fault": "row_index"}
+_NUMBERED_BY = {
+    "correction": "attempt_id",
+    "moved": "row_index",
+    "repair_wanted": "row_index",
+    "reused": "row_index",
+    "row_fault": "row_index",
+}
 """Of tables whose rows have no numbers of their own: the number that they are read by."""
 _Row = dict[str, Any]
+_BLANK: _Row = dict.fromkeys((*INTENT_COLUMNS, *SETTLEMENT_COLUMNS, "seal")) | {"repair": 0}
 
 
 @dataclass
@@ -267,7 +284,7 @@ def _fill(db: sqlite3.Connection, damaged: _Damaged, job: Job, *, adopt: bool) -
     for table, rows in (("run", attempts.runs), ("invocation", attempts.invocations)):
         for row in rows.values():
             _put(db, table, row)
-    for table in ("moved", "reused", "row_fault"):
+    for table in ("moved", "repair_wanted", "reused", "row_fault"):
         for row in damaged.rows(table):
             _put(db, table, row)
     known = (owner or {}).get("amendments") or 0
@@ -307,7 +324,7 @@ class _Attempts:
         before = self._before_the_first()
         next_id = 1
         for row in self._damaged.rows("attempt", self._known):
-            attempt = dict.fromkeys((*INTENT_COLUMNS, *SETTLEMENT_COLUMNS, "seal")) | row
+            attempt = _BLANK | row
             answer = self._damaged.answer(row["attempt_id"])
             if row["attempt_id"] < next_id or _is_altered(attempt, answer):
                 continue  # no telling what of it is true
@@ -361,7 +378,7 @@ class _Attempts:
     def _put_lost(self, attempt_id: int, beside: _Row) -> None:
         self._saved.lost_attempts += 1
         self._put(
-            dict.fromkeys((*INTENT_COLUMNS, *SETTLEMENT_COLUMNS, "seal")) | {
+            _BLANK | {
                 "attempt_id": attempt_id, "run": beside["run"], "invocation": beside["invocation"],
                 "row_index": NO_ROW, "model": "", "sample": 0, "key": "", "number": 1,
                 "client_request_id": f"lost:{attempt_id}", "sent_at": beside["sent_at"], "settled_at": now_us(),
@@ -402,7 +419,8 @@ def _is_altered(attempt: _Row, answer: _Row | None) -> bool:
 
 def _sealed(attempt: _Row, answer: _Row | None) -> int:
     body = (_body(answer) or b"") if answer is not None else b""
-    return seal((*(attempt[name] for name in (*INTENT_COLUMNS, *SETTLEMENT_COLUMNS)), digest(body)))
+    intended, settled = ([attempt[name] for name in columns] for columns in (INTENT_COLUMNS, SETTLEMENT_COLUMNS))
+    return attempt_seal(intended, settled, body)
 
 
 def _body(answer: _Row) -> bytes | None:

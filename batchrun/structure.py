@@ -6,7 +6,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
@@ -14,12 +14,10 @@ from batchrun.columns import build
 from batchrun.documents import sound
 from batchrun.errors import JobError
 from batchrun.labels import Labels, NoLabelError
+from batchrun.providers import ResponseFormat
 from batchrun.schemas import as_json, is_strict, object_of, placed, shape_of, validator_of
 from batchrun.shapes import Choice, Free, Items, MisfitError, Record
 from batchrun.tolerant import LONGEST, NoJSONError, decode, shown, without_reasoning
-
-Style = Literal["json_schema", "bare", "json_object"]
-"""How a provider takes a `response_format`: an object's schema alone, any schema, or only the wish for an object."""
 
 PARSE_ERROR = "parse_error"
 _LONGEST_ERROR = 200
@@ -42,9 +40,11 @@ class Structure(ABC):
 
     Attributes:
         columns: what the answers become, from the job alone; `parse_error` is the last.
+        has_properties: the columns are the properties of a value, not the value itself.
     """
 
     columns: pa.Schema
+    has_properties = False
 
     @staticmethod
     def of_labels(labels: Sequence[str]) -> Structure:
@@ -65,22 +65,22 @@ class Structure(ABC):
         return _OfSchema(schema)
 
     @abstractmethod
-    def parse(self, text: str | None) -> Parsed:
-        """What an answer says; never raises."""
+    def parse(self, text: str | None, *, is_cut: bool = False) -> Parsed:
+        """What an answer says; never raises. `is_cut`: it ended because it was as long as allowed."""
 
     @abstractmethod
     def arrays(self, parsed: Sequence[Parsed]) -> list[pa.Array]:
         """The columns of some answers, in the order of `columns`."""
 
     @abstractmethod
-    def _schema(self, style: Style) -> dict[str, Any]:
+    def _schema(self, style: ResponseFormat) -> dict[str, Any]:
         """The schema that is sent; except with `bare`, that of an object."""
 
     @abstractmethod
     def _wish(self) -> str:
         """The same in words, where the answer need not be JSON."""
 
-    def document(self, style: Style) -> dict[str, Any]:
+    def document(self, style: ResponseFormat) -> dict[str, Any]:
         """The value of `response_format`."""
         if style == "json_object":
             return {"type": "json_object"}
@@ -90,7 +90,7 @@ class Structure(ABC):
             "json_schema": {"name": "answer", "strict": is_strict(schema), "schema": schema},
         }
 
-    def instruction(self, style: Style | None) -> str | None:
+    def instruction(self, style: ResponseFormat | None) -> str | None:
         """Text for the end of the prompt, where the provider does not hold the answer to its form."""
         if style is None:
             return self._wish()
@@ -104,7 +104,12 @@ class _OfLabels(Structure):
         self._known = {label: Parsed(label, None) for label in self._labels.names}
         self.columns = pa.schema([("label", self._choice.type), (PARSE_ERROR, pa.string())])
 
-    def parse(self, text: str | None) -> Parsed:
+    def parse(self, text: str | None, *, is_cut: bool = False) -> Parsed:
+        if is_cut:
+            # Its last word may be the beginning of another.
+            text = "".join((text or "").rsplit(maxsplit=1)[:-1]) or None
+            if text is None:
+                return Parsed(None, "the answer was cut off: raise max_tokens")
         if text in self._known:
             return self._known[text]
         try:
@@ -115,7 +120,7 @@ class _OfLabels(Structure):
     def arrays(self, parsed: Sequence[Parsed]) -> list[pa.Array]:
         return [self._choice.array([answer.value for answer in parsed]), _errors(parsed)]
 
-    def _schema(self, style: Style) -> dict[str, Any]:
+    def _schema(self, style: ResponseFormat) -> dict[str, Any]:
         label = {"type": "string", "enum": list(self._labels.names)}
         return label if style == "bare" else object_of("label", label)
 
@@ -132,6 +137,7 @@ class _OfSchema(Structure):
         self._validator = validator_of(self._document)
         self._shape = shape_of(self._document)
         self._record = self._shape if isinstance(self._shape, Record) and not self._shape.is_nullable else None
+        self.has_properties = self._record is not None
         fields = list(self._record.type) if self._record else [pa.field("value", self._shape.type)]
         for field in fields:
             if field.name in {PARSE_ERROR, ""}:
@@ -141,7 +147,7 @@ class _OfSchema(Structure):
                 )
         self.columns = pa.schema([*fields, pa.field(PARSE_ERROR, pa.string())])
 
-    def parse(self, text: str | None) -> Parsed:
+    def parse(self, text: str | None, *, is_cut: bool = False) -> Parsed:
         """What an answer says; never raises.
 
         Read as JSON, else as near-JSON anywhere in the text: what fits the schema must be one value and no other.
@@ -207,7 +213,7 @@ class _OfSchema(Structure):
         columns = self._record.columns(values) if self._record else [self._shape.array(values)]
         return [*columns, _errors(parsed)]
 
-    def _schema(self, style: Style) -> dict[str, Any]:
+    def _schema(self, style: ResponseFormat) -> dict[str, Any]:
         document: dict[str, Any] = self._document
         is_object = self._record is not None or document.get("type") == "object"
         return document if is_object or style == "bare" else object_of("value", document)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
 
@@ -11,7 +11,9 @@ from batchrun import __version__
 from batchrun.money import usd_text
 from batchrun.projection import Projection
 from batchrun.records import Totals
+from batchrun.tables import shown
 
+_SHOWN_LABELS = 12
 # What the price library says is an estimate, and never shown without the word.
 _ESTIMATED = {"library": "estimated from library prices"}
 
@@ -41,6 +43,13 @@ class Summary:
     """Dollars by which the job's cap was exceeded; None without a cap."""
     projection: Projection | None = None
     """What the whole run will take, after a sample."""
+    parse_errors: int = 0
+    """Answers without the form that is wanted."""
+    labels: dict[str, int] = field(default_factory=dict)
+    """How often each label was given."""
+    evaluation: dict[str, Any] | None = None
+    evaluation_lines: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     advice: str | None = None
     """What would make the failed rows succeed, where the provider tells."""
 
@@ -74,6 +83,11 @@ class Summary:
             "over_cap": self.over_cap,
             "unplaced": totals.unplaced,
             "unplaced_usd": totals.unplaced_usd,
+            "parse_errors": self.parse_errors,
+            "labels": self.labels,
+            "evaluation": self.evaluation,
+            "repairs": totals.repairs,
+            "repair_usd": totals.repair_usd,
             "reused": totals.reused,
             "saved_usd": totals.saved_usd,
             "prompt_tokens": totals.prompt_tokens,
@@ -93,6 +107,7 @@ class Summary:
             "first_unknown_rows": [row_index + 1 for row_index in self.totals.first_unknown_rows],
             "projection": self.projection.document() if self.projection is not None else None,
             "advice": self.advice,
+            "warnings": self.warnings,
             "flags": self.totals.flags,
             "seconds": round(self.seconds, 3),
             "sent": self.sent,
@@ -113,6 +128,8 @@ class Summary:
             f"{totals.completion_tokens} completion, {totals.total_tokens} total",
             f"spent: ${usd_text(totals.usd)}{self._sources()}",
         ]
+        if totals.repairs:
+            lines.append(f"repairs: {totals.repairs} attempts, ${usd_text(totals.repair_usd)} of the amount above")
         if totals.reused:
             saved = f", which had cost ${usd_text(totals.saved_usd)}" if totals.saved_usd else ""
             lines.append(f"reused: {totals.reused} rows took answers that were there{saved}")
@@ -131,6 +148,14 @@ class Summary:
             lines.append(f"slowest answer: {totals.slowest_seconds:.1f} s")
         if totals.flags:
             lines.append("flags: " + ", ".join(f"{number} {name}" for name, number in totals.flags.items()))
+        if self.labels:
+            given = sum(self.labels.values())
+            shares = [f"{shown(name, 40)} {number} ({number / given:.0%})" for name, number in self.labels.items()]
+            lines.append(f"labels: {', '.join(shares[:_SHOWN_LABELS])}{', …' * (len(shares) > _SHOWN_LABELS)}")
+        if self.parse_errors:
+            lines.append(f"not parsed: {self.parse_errors} answers; parse_error in the output says why")
+        lines += self.evaluation_lines
+        lines += [f"warning: {warning}" for warning in self.warnings]
         for kind, rows, example in totals.failures:
             lines.append(f"failed: {rows} × {kind}, such as: {example[:200]}")
         if self.projection is not None:

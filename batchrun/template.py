@@ -20,6 +20,7 @@ from batchrun.job import Job, PromptSetting
 from batchrun.providers import Endpoint
 from batchrun.records import Request, Slot
 from batchrun.sandbox import MOST_OUTPUT, Filling, NullError, Sandbox
+from batchrun.structure import Structure
 from batchrun.wire import inline_media, is_self_contained, most_completion_tokens, request_body, stream_fields
 
 
@@ -72,8 +73,7 @@ class _Requests:
         except (ValueError, TypeError, RecursionError, MemoryError) as exc:
             raise NotRenderedError(f"a parameter cannot be sent as JSON: {exc}") from None
         shape = self._shape or _shape_of(filled(self._body, values))
-        key = f"b2:{blake2b(canonical, digest_size=16).hexdigest()}" if keyed else ""
-        return Request(slot, key, wire, 0, *shape)
+        return Request(slot, _key(canonical) if keyed else "", wire, 0, *shape)
 
 
 class Template:
@@ -87,7 +87,9 @@ class Template:
         JobError: a template that does not parse, or all the columns that it names and the input lacks.
     """
 
-    def __init__(self, job: Job, columns: Sequence[str], endpoint: Endpoint, model: str) -> None:
+    def __init__(
+        self, job: Job, columns: Sequence[str], endpoint: Endpoint, model: str, structure: Structure | None = None
+    ) -> None:
         self._sandbox = Sandbox(columns, plain_json)
         self._available = list(columns)
         self._used: set[str] = set()
@@ -115,6 +117,14 @@ class Template:
                     content = self._compile(text.removesuffix("\n"), f"prompt.{role}")
                     self._messages.append({"role": role, "content": content})
         self._parameters = self._compile(job.parameters, "parameters", keeps_type=True)
+        self._instruction = None
+        self._wish = structure.instruction(None) if structure is not None else None
+        if structure is not None and "response_format" not in job.parameters:
+            style = endpoint.response_format
+            self._instruction = structure.instruction(style)
+            if style is not None:
+                self._parameters["response_format"] = structure.document(style)
+        self._messages = self._instructed(self._messages) if prompt.messages_column is None else []
         self._stream = stream_fields(endpoint.include_usage) if job.stream else {}
         if self._unknown:
             named = ", ".join(f"{name!r} ({place})" for name, place in self._unknown.items())
@@ -146,6 +156,27 @@ class Template:
         # Where the roles come from the row, so does the form of the request.
         requests = self._requests(self._conversation(row, values))
         return requests.request(Slot(row_index, self.model), values, keyed=keyed)
+
+    def repaired(self, request: Request, text: str | None, error: str) -> Request:
+        """The request that asks again for an answer that does not fit, with what was wrong.
+
+        Args:
+            text: the answer.
+        """
+        document = json.loads(request.body)
+        said = text if text and text.strip() else "(nothing)"
+        document["messages"] += [
+            {"role": "assistant", "content": said},
+            {"role": "user", "content": f"That does not fit: {error}. {self._wish}"},
+        ]
+        asked = {name: value for name, value in document.items() if name not in self._stream}
+        canonical = _encode_canonical([self._endpoint.identity, asked]).encode()
+        return request._replace(
+            body=_encode_wire(document).encode(),
+            messages=request.messages + 2,
+            repair=request.repair + 1,
+            repair_key=_key(canonical),
+        )
 
     def never_fails(self, rows: pa.RecordBatch) -> bool:
         """True if each of these rows surely gives a request, all of one shape.
@@ -187,9 +218,19 @@ class Template:
         try:
             messages = _conversation(row.get(self._messages_column), self._messages_column)
             _refuse_blank(_asked(messages), values)
+            messages = self._instructed(messages)
         except RecursionError:
             raise NotRenderedError(f"the column {self._messages_column} is nested too deeply") from None
         return messages
+
+    def _instructed(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """With the words that tell the form of the answer, at the end of what the system says."""
+        if self._instruction is None:
+            return messages
+        first = messages[0] if messages else {}
+        if first.get("role") == "system" and isinstance(first.get("content"), str):
+            return [{**first, "content": f"{first['content']}\n\n{self._instruction}"}, *messages[1:]]
+        return [{"role": "system", "content": self._instruction}, *messages]
 
     def _values(self, row: Mapping[str, Any]) -> list[Any]:
         """What goes into the holes."""
@@ -246,6 +287,10 @@ class Template:
         else:
             self._renders.append(lambda row: render(_named(row, has_row)))
         return text_hole(number)
+
+
+def _key(canonical: bytes) -> str:
+    return f"b2:{blake2b(canonical, digest_size=16).hexdigest()}"
 
 
 def _always_has_text(column: pa.Array) -> bool:

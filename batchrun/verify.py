@@ -15,10 +15,11 @@ import pyarrow.parquet as pq
 import zstandard
 
 from batchrun.budget import Cap
-from batchrun.delivery import expected_batches, results_of, summarise
+from batchrun.delivery import expected_batches, results_of, summarise, with_derived
+from batchrun.derive import Derivation
 from batchrun.errors import JobError, StorageError
 from batchrun.job import Job
-from batchrun.ledger_view import INTENT_COLUMNS, SEAL_MASK, SETTLEMENT_COLUMNS, LedgerView, Run, digest, seal
+from batchrun.ledger_view import INTENT_COLUMNS, SEAL_MASK, SETTLEMENT_COLUMNS, LedgerView, Run, attempt_seal, seal
 from batchrun.money import COST_SOURCES, from_pico, to_pico, usd_text
 from batchrun.plan import Plan
 from batchrun.records import Answer
@@ -27,6 +28,8 @@ from batchrun.summary import exact_json
 from batchrun.wire import read_answer
 
 _SHOWN = 20
+_SHAPING = ("input", "stream", "output", "labels", "schema", "evaluate")
+"""Keys of the job that change the output, and no request."""
 
 
 @dataclass
@@ -137,7 +140,9 @@ def _check_attempts(ledger: LedgerView, verdict: Verdict) -> None:
         if sealed is None:
             if isinstance(answer, Answer):
                 _check_unsealed(attempt, answer, verdict)
-        elif sealed != seal((*values, digest(body))) or len(body) != (size or 0):
+        elif len(body) != (size or 0) or sealed != attempt_seal(
+            values[: len(INTENT_COLUMNS)], values[len(INTENT_COLUMNS) :], body
+        ):
             verdict.blame(f"{_named(attempt)} was altered after it was settled")
         for what in _contradictions(attempt):
             verdict.blame(f"{_named(attempt)} {what}")
@@ -193,7 +198,7 @@ def _check_runs(ledger: LedgerView, verdict: Verdict) -> None:
         verdict.blame(f"costs were corrected {amendments} times, and {found_amendments} of them are here")
     for run_id, row_index, number in ledger.rows(
         "SELECT run_id, row_index, count(*) FROM attempt JOIN run USING (run) WHERE outcome = 'ok' "
-        "GROUP BY run, row_index, model, sample, key HAVING count(*) > 1 LIMIT 100"
+        "GROUP BY run, row_index, model, sample, key, repair HAVING count(*) > 1 LIMIT 100"
     ):
         verdict.blame(f"row {row_index + 1} of run {run_id} was answered {number} times (promise 2)")
     for invocation, run, job, endpoint, sealed in ledger.rows(
@@ -315,7 +320,7 @@ def _check_output(job: Job, ledger: LedgerView, verdict: Verdict) -> None:
         verdict.blame(f"{output} is of run {manifest.get('run_id')}, and the newest is {run.run_id}")
         return
     now = job.snapshot()
-    if changed := [name for name in ("input", "stream", "output") if now.get(name) != known.job.get(name)]:
+    if changed := [name for name in _SHAPING if now.get(name) != known.job.get(name)]:
         verdict.notes.append(
             f"the job file has changed since ({', '.join(changed)}): the output was not compared; `batchrun export` "
             "writes it as the job says now"
@@ -325,12 +330,16 @@ def _check_output(job: Job, ledger: LedgerView, verdict: Verdict) -> None:
     if placed is None or not plan.is_placed_as(placed):
         verdict.notes.append("the input has changed since: the rows of the output were not compared")
         _check_manifest(
-            summarise(plan, ledger, run, int(manifest.get("input_rows", 0))).manifest(), manifest, output, verdict
+            _without_derived(summarise(plan, ledger, run, int(manifest.get("input_rows", 0))).manifest()),
+            manifest,
+            output,
+            verdict,
         )
         return
-    summary = summarise(plan, ledger, run, int(placed["rows"]))
+    derivation = plan.derivation()
+    _check_rows(plan, ledger, run, derivation, output, verdict)
+    summary = with_derived(summarise(plan, ledger, run, int(placed["rows"])), derivation)
     _check_manifest(summary.manifest(), manifest, output, verdict)
-    _check_rows(plan, ledger, run, output, verdict)
 
 
 def _check_manifest(ours: dict[str, Any], manifest: dict[str, Any], output: Path, verdict: Verdict) -> None:
@@ -342,7 +351,14 @@ def _check_manifest(ours: dict[str, Any], manifest: dict[str, Any], output: Path
             verdict.blame(f"{output.name}: its manifest says {name} {said.get(name)!r}, the ledger {value!r}")
 
 
-def _check_rows(plan: Plan, ledger: LedgerView, run: Run, output: Path, verdict: Verdict) -> None:
+def _without_derived(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Without what is known only once all rows were looked at."""
+    return {name: value for name, value in manifest.items() if name not in ("labels", "parse_errors", "evaluation")}
+
+
+def _check_rows(
+    plan: Plan, ledger: LedgerView, run: Run, derivation: Derivation, output: Path, verdict: Verdict
+) -> None:
     """Every value of the file against what input and ledger give now."""
     results = results_of(plan, run)
     try:
@@ -351,7 +367,7 @@ def _check_rows(plan: Plan, ledger: LedgerView, run: Run, output: Path, verdict:
                 verdict.blame(f"{output.name} has other columns than the job gives")
                 return
             written = _aligned(file)
-            for expected in expected_batches(plan, ledger, run, results):
+            for expected in expected_batches(plan, ledger, run, results, derivation):
                 verdict.rows += expected.num_rows
                 actual = written(expected.num_rows)
                 if actual.num_rows < expected.num_rows:

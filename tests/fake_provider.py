@@ -112,8 +112,10 @@ class Provider:
         content = body["messages"][-1]["content"] if body.get("messages") else ""
         text = content if isinstance(content, str) else json.dumps(content)
         script: dict[str, Any] = {}
-        if "<<" in text:
-            script = json.loads(text[text.index("<<") + 2 : text.index(">>")])
+        for message in reversed(body.get("messages", [])):
+            if "<<" in str(message["content"]):
+                script = json.loads(message["content"][message["content"].index("<<") + 2 :].rpartition(">>")[0])
+                break
         digest = digest_of(body)
         nth = self.seen[digest] = self.seen.get(digest, 0) + 1
         path = request_line.split(" ")[1]
@@ -238,6 +240,9 @@ class Provider:
 
     def completion(self, body: dict[str, Any], text: str, script: dict[str, Any]) -> tuple[dict[str, Any], Decimal]:
         said = script.get("say", f"answer to: {text}")
+        if isinstance(said, list):
+            asked_before = sum(message["role"] == "assistant" for message in body["messages"])
+            said = said[min(asked_before, len(said) - 1)]
         prompt, completion = len(json.dumps(body["messages"])) // 4 + 1, len(said) // 4 + 1
         if self.options.get("wordy"):
             completion = 1 + int.from_bytes(digest_of(body)[:4]) % int(body["max_tokens"])

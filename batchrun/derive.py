@@ -1,0 +1,241 @@
+"""What is made of the answers besides themselves: labels or values of a schema, votes, scores. Free to make again."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from math import pi, sqrt
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+
+from batchrun.columns import build
+from batchrun.errors import JobError, listed
+from batchrun.evaluate import Evaluation, Evaluator
+from batchrun.intervals import require
+from batchrun.job import EvaluateSetting, Job
+from batchrun.money import from_pico
+from batchrun.records import Outcome, RowSlots
+from batchrun.scores import is_stated, score_names, vote
+from batchrun.structure import Parsed, Structure
+
+_VOTE, _AGREEMENT = "vote", "agreement"
+_MOST_LABELS = 1000
+_ENOUGH = 50
+"""Labels from which on their shares say something."""
+_SHIFT = 0.1
+"""Share of the rows that must have other labels than before, for it to be told."""
+_RESPONSE, _MODEL = "response", "requested_model"
+
+
+class Evaluations(NamedTuple):
+    """Of the single answers, and of the votes where there are several of them to a row."""
+
+    answers: Evaluation
+    votes: Evaluation | None
+
+    def document(self) -> dict[str, Any]:
+        """As plain values."""
+        votes = {"votes": self.votes.document()} if self.votes is not None else {}
+        return {**self.answers.document(), **votes}
+
+    def lines(self) -> list[str]:
+        """A short text."""
+        lines = self.answers.lines()
+        return lines if self.votes is None else [*lines, "by vote:", *self.votes.lines()]
+
+
+def structure_of(job: Job) -> Structure | None:
+    """What a job wants of each answer.
+
+    Raises:
+        JobError: its labels or its schema are none.
+    """
+    if job.labels is not None:
+        return Structure.of_labels(job.labels)
+    return Structure.of_schema(job.schema_) if isinstance(job.schema_, Mapping) else None
+
+
+class Derivation:
+    """The columns that are made of answers, batch by batch.
+
+    Attributes:
+        schema: from the job alone.
+        labels: how often each label was given.
+        misfits: answers without the form that is wanted.
+
+    Raises:
+        JobError: `evaluate` names a column that is not there, or what is compared is none.
+        MissingHereError: the libraries that `evaluate` needs are not installed.
+    """
+
+    def __init__(self, job: Job, slots: RowSlots, input_schema: pa.Schema) -> None:
+        self._structure = structure_of(job)
+        self._slots = slots
+        self._setting = job.evaluate
+        self._columns = list(self._structure.columns) if self._structure is not None else []
+        self._answer = self._answer_name()
+        self._metrics = self._metrics_of(job)
+        if self._setting is not None:
+            _check_columns(self._setting, input_schema)
+            require(self._metrics)
+        self._votes = slots.number > 1
+        self._group = slots.samples if slots.samples > 1 else slots.number
+        fields = list(self._columns)
+        self._vote_type = self._columns[0].type if job.labels is not None else pa.string()
+        if self._votes:
+            fields += [pa.field(_VOTE, self._vote_type), pa.field(_AGREEMENT, pa.float64())]
+        fields += [pa.field(name, pa.float64()) for name in score_names(self._metrics)]
+        prefix = job.output.prefix if job.output.answer_prefix is None else job.output.answer_prefix
+        self.schema = pa.schema([field.with_name(prefix + field.name) for field in fields])
+        self.labels: Counter[str] = Counter()
+        self.misfits = 0
+        self._by_model = len(slots.models) > 1
+        self._evaluators = self._evaluators_of(self._setting) if self._setting is not None else []
+
+    def batch(self, rows: pa.RecordBatch, outcomes: Sequence[Outcome]) -> list[pa.Array]:
+        """The columns of some slots, all those of each row among them.
+
+        Args:
+            rows: of the input, one for each slot.
+        """
+        arrays: list[pa.Array] = []
+        values: list[Any] = [outcome.text for outcome in outcomes]
+        if self._structure is not None:
+            parsed = [self._parsed(outcome) for outcome in outcomes]
+            arrays += self._structure.arrays(parsed)
+            values = [self._compared(answer.value) for answer in parsed]
+            self._count(parsed)
+        votes = [vote(values[start : start + self._group]) for start in range(0, len(values), self._group)]
+        if self._votes:
+            arrays += self._vote_arrays(votes)
+        if self._setting is not None:
+            arrays += self._score_arrays(self._setting, rows, outcomes, values, [value for value, _ in votes])
+        return arrays
+
+    @cached_property
+    def evaluations(self) -> Evaluations | None:
+        """Of all slots, once they have gone through; None if the job wants none."""
+        if not self._evaluators:
+            return None
+        answers, *votes = (evaluator.evaluation() for evaluator in self._evaluators)
+        return Evaluations(answers, votes[0] if votes else None)
+
+    # --- inside ---------------------------------------------------------------------------------------------
+
+    def _evaluators_of(self, setting: EvaluateSetting) -> list[Evaluator]:
+        """One for the single answers, and one for the votes."""
+        by_model = [*setting.by, _MODEL] if self._by_model else setting.by
+        answers = Evaluator(self._metrics, by_model)
+        if not self._votes:
+            return [answers]
+        return [answers, Evaluator(self._metrics, by_model if self._votes_within_model else setting.by)]
+
+    @property
+    def _votes_within_model(self) -> bool:
+        return self._slots.samples > 1
+
+    def _answer_name(self) -> str | None:
+        """The column that is compared; None for the text of the answer, or the whole value of a schema."""
+        wanted = self._setting.answer if self._setting is not None else None
+        names = [field.name for field in self._columns[:-1]]
+        if wanted is None:
+            return names[0] if len(names) == 1 else None
+        if wanted == _RESPONSE and self._structure is None:
+            return None
+        if wanted not in names:
+            raise JobError(f"evaluate.answer: there is no {wanted!r}: it is one of {listed([*names] or [_RESPONSE])}")
+        return wanted
+
+    def _metrics_of(self, job: Job) -> list[str]:
+        if self._setting is None:
+            return []
+        return self._setting.metrics or (["accuracy", "f1"] if job.labels is not None else ["exact_match"])
+
+    def _parsed(self, outcome: Outcome) -> Parsed:
+        if not outcome.is_ok:
+            return Parsed(None, None)
+        assert self._structure is not None
+        return self._structure.parse(outcome.text, is_cut=outcome.is_cut)
+
+    def _compared(self, value: Any) -> Any:
+        if value is None or self._structure is None or not self._structure.has_properties:
+            return value
+        if self._answer is not None:
+            return value.get(self._answer)
+        return json.dumps(value, ensure_ascii=False, sort_keys=True)
+
+    def _count(self, parsed: Sequence[Parsed]) -> None:
+        for answer in parsed:
+            self.misfits += answer.error is not None
+            if isinstance(answer.value, str) and (answer.value in self.labels or len(self.labels) < _MOST_LABELS):
+                self.labels[answer.value] += 1
+
+    def _vote_arrays(self, votes: Sequence[tuple[Any, float | None]]) -> Iterator[pa.Array]:
+        winners = [None if value is None else str(value) for value, _ in votes for _ in range(self._group)]
+        text = build(winners, pa.string())
+        yield text.dictionary_encode() if pa.types.is_dictionary(self._vote_type) else text
+        yield build([share for _, share in votes for _ in range(self._group)], pa.float64())
+
+    def _score_arrays(
+        self,
+        setting: EvaluateSetting,
+        rows: pa.RecordBatch,
+        outcomes: Sequence[Outcome],
+        values: Sequence[Any],
+        votes: Sequence[Any],
+    ) -> Iterator[pa.Array]:
+        wanted = rows.column(rows.schema.get_field_index(setting.expected)).to_pylist()
+        # What has no answer yet, or will have none, is neither right nor wrong.
+        expected = [value if outcome.is_ok else None for value, outcome in zip(wanted, outcomes, strict=True)]
+        slices = {name: rows.column(rows.schema.get_field_index(name)).to_pylist() for name in setting.by}
+        usd = [None if outcome.usd_pico is None else from_pico(outcome.usd_pico) for outcome in outcomes]
+        if self._by_model:
+            models = [slot.model for slot in self._slots.of(0)]
+            slices[_MODEL] = models * (len(wanted) // len(models))
+        scores = self._evaluators[0].take(expected, values, slices, usd)
+        if self._votes:
+            if not self._votes_within_model:
+                slices.pop(_MODEL, None)
+            self._take_votes(wanted, votes, slices, usd)
+        for name in score_names(self._metrics):
+            yield build(scores[name], pa.float64())
+
+    def _take_votes(
+        self, wanted: Sequence[Any], votes: Sequence[Any], slices: Mapping[str, Sequence[Any]], usd: Sequence[Any]
+    ) -> None:
+        step = self._group
+        firsts = range(0, len(wanted), step)
+        costs = [usd[first : first + step] for first in firsts]
+        self._evaluators[1].take(
+            [wanted[first] if is_stated(winner) else None for first, winner in zip(firsts, votes, strict=True)],
+            votes,
+            {name: [column[first] for first in firsts] for name, column in slices.items()},
+            [None if None in cost else sum(cost) for cost in costs],
+        )
+
+
+def shift(now: Mapping[str, int], before: Mapping[str, int]) -> str | None:
+    """What to say of labels that are given in other shares than they were; None if chance can have done it."""
+    sums = sum(now.values()), sum(before.values())
+    if min(sums) < _ENOUGH:
+        return None
+    names = sorted(now.keys() | before.keys())
+    apart = {name: now.get(name, 0) / sums[0] - before.get(name, 0) / sums[1] for name in names}
+    distance = sum(map(abs, apart.values())) / 2
+    # Half the sum of what so many shares of so many rows differ by chance, and as much again.
+    chance = len(names) * sqrt((1 / sums[0] + 1 / sums[1]) / (2 * pi * len(names)))
+    if distance < max(_SHIFT, 2 * chance):
+        return None
+    most = sorted(names, key=lambda name: -abs(apart[name]))[:3]
+    told = ", ".join(f"{name} {before.get(name, 0) / sums[1]:.0%} → {now.get(name, 0) / sums[0]:.0%}" for name in most)
+    return f"the labels have shifted since the last run: {told}"
+
+
+def _check_columns(setting: EvaluateSetting, schema: pa.Schema) -> None:
+    for key, names in (("expected", [setting.expected]), ("by", setting.by)):
+        for name in names:
+            if name not in schema.names:
+                raise JobError(f"evaluate.{key}: there is no column {name!r}: the columns are {listed(schema.names)}")

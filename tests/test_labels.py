@@ -1,0 +1,235 @@
+"""Labels and schemas: asked for, read, checked, repaired, and put into typed columns."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from .conftest import FakeProvider, Workspace, spent
+
+Provide = Callable[..., FakeProvider]
+LABELS = ["positive", "negative", "neutral"]
+
+
+def says(*answers: str | list[str]) -> list[str]:
+    """Prompts that the fake answers so; with a list, one after the other, as often as it is asked again."""
+    return [f"{index} <<{json.dumps({'say': answer})}>>" for index, answer in enumerate(answers)]
+
+
+def test_labels_come_back_typed_and_what_is_none_says_why(work: Workspace, provide: Provide) -> None:
+    provider = provide(keep_requests=True)
+    work.write_rows(says("Positive.", "**negative**", "I cannot tell", "positive or negative", "neutral"))
+    work.write_job(provider.base_url, labels=LABELS)
+    result = work.run("--json")
+    assert (result.code, result.json["reason"], result.json["ok"]) == (1, "parse_errors", 5)
+    rows = work.rows()
+    assert [row["label"] for row in rows] == ["positive", "negative", None, None, "neutral"]
+    assert [row["status"] for row in rows] == ["ok"] * 5
+    assert [row["parse_error"] is None for row in rows] == [True, True, False, False, True]
+    assert result.json["parse_errors"] == 2
+    assert result.json["labels"] == {"positive": 1, "negative": 1, "neutral": 1}
+    assert pq.read_schema(work.output).field("label").type == pa.dictionary(pa.int32(), pa.string())
+    assert work.batchrun("verify", "job.yaml").code == 0
+    # The AI/ML API is asked in words: not all of its models take a response_format.
+    body = provider.requests[0]["body"]
+    assert "response_format" not in body
+    assert "positive\nnegative\nneutral" in body["messages"][0]["content"]
+
+
+def test_a_provider_that_takes_it_is_sent_the_form(work: Workspace, provide: Provide) -> None:
+    provider = provide(keep_requests=True)
+    work.write_rows(says('{"label": "neutral"}'))
+    target = {"name": "openai", "base_url": provider.base_url}
+    work.write_job(provider={**target}, labels=LABELS)
+    work.env["OPENAI_API_KEY"] = "sk-x"
+    assert work.run().code == 0
+    sent = provider.requests[0]["body"]["response_format"]["json_schema"]
+    assert (sent["strict"], sent["schema"]["properties"]["label"]["enum"]) == (True, LABELS)
+    assert len(provider.requests[0]["body"]["messages"]) == 1
+    assert work.rows()[0]["label"] == "neutral"
+    work.write_job(provider={**target, "response_format": "json_object"}, labels=LABELS)
+    assert work.run().code == 0
+    last = provider.requests[-1]["body"]
+    assert last["response_format"] == {"type": "json_object"}
+    assert "JSON" in last["messages"][0]["content"]
+
+
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "stars": {"type": "integer"},
+        "topics": {"type": "array", "items": {"type": "string"}},
+        "tone": {"enum": ["warm", "cold"]},
+        "sure": {"type": "boolean"},
+        "deep": {"type": "object", "properties": {"x": {"type": "number"}}},
+    },
+    "required": ["stars"],
+}
+
+
+def test_a_schema_becomes_typed_columns_and_can_change_for_nothing(work: Workspace, provide: Provide) -> None:
+    provider = provide(keep_requests=True)
+    work.write_rows(says(
+        '```json\n{"stars": "4", "topics": ["a", "b"], "tone": "WARM", "sure": true, "deep": {"x": 1}}\n```',
+        "{'stars': 2, 'topics': [],}", '{"stars": 1.5}',
+    ))  # fmt: skip
+    (work.folder / "schema.json").write_text(json.dumps(SCHEMA))
+    work.write_job(provider.base_url, schema="schema.json")
+    assert work.run().code == 1
+    rows = work.rows()
+    assert [row["stars"] for row in rows] == [4, 2, None]
+    assert (rows[0]["topics"], rows[0]["tone"], rows[0]["sure"], rows[0]["deep"]) == (
+        ["a", "b"],
+        "warm",
+        True,
+        {"x": 1.0},
+    )
+    assert rows[2]["parse_error"]
+    # The columns are made again, from what is there.
+    changed = {
+        **SCHEMA,
+        "properties": {"stars": {"type": "number"}, "topics": {"type": "array", "items": {"type": "string"}}},
+    }
+    (work.folder / "schema.json").write_text(json.dumps(changed))
+    asked = len(provider.requests)
+    result = work.batchrun("export", "job.yaml", "--json")
+    assert result.code == 0, result.stderr
+    assert len(provider.requests) == asked
+    assert [row["stars"] for row in work.rows()] == [4.0, 2.0, 1.5]
+    assert "tone" not in work.rows()[0]
+    assert (result.json["ok"], result.json["unplaced"], result.json["parse_errors"]) == (3, 0, 0)
+
+
+def test_a_run_after_a_change_of_labels_says_what_it_asks_again(work: Workspace, provide: Provide) -> None:
+    provider = provide(keep_requests=True, refuse_after=2)
+    work.write_rows(says("positive", "negative", "neutral"))
+    work.write_job(provider.base_url, labels=LABELS, concurrency=1)
+    assert work.run().code == 4
+    work.write_job(provider.base_url, labels=[*LABELS, "mixed"], concurrency=1)
+    result = work.run()
+    assert "2 answers are to other requests than the job makes now; their rows will be asked and paid for again" in (
+        result.stderr
+    )
+
+
+def test_what_does_not_fit_is_asked_again_with_what_was_wrong(work: Workspace, provide: Provide) -> None:
+    provider = provide(keep_requests=True, bill="credits")
+    work.write_rows(says(["no idea", "positive"], "negative", ["x", "y", "z"]))
+    work.write_job(provider.base_url, labels=LABELS, repair=2)
+    result = work.run("--json")
+    assert (result.code, result.json["ok"], result.json["repairs"], result.json["parse_errors"]) == (1, 3, 3, 1)
+    rows = work.rows()
+    assert [row["label"] for row in rows] == ["positive", "negative", None]
+    assert [row["attempts"] for row in rows] == [2, 1, 3]
+    assert len(provider.requests) == 6
+    assert provider.bill == spent(rows) == result.json["usd_spent"]
+    again = next(request["body"]["messages"] for request in provider.requests if len(request["body"]["messages"]) == 4)
+    assert [message["role"] for message in again] == ["system", "user", "assistant", "user"]
+    assert "That does not fit: " in again[3]["content"]
+    assert 0 < result.json["repair_usd"] < result.json["usd_spent"]
+    assert len({row["request_key"] for row in rows}) == 3
+    assert work.batchrun("verify", "job.yaml").code == 0
+
+
+def test_repairs_go_on_after_a_kill_and_are_counted_to_the_digit(work: Workspace, provide: Provide) -> None:
+    provider = provide(keep_requests=True, latency=0.1, bill="credits")
+    work.write_rows(says(*(["?", "??", LABELS[index % 3]] for index in range(12))))
+    work.write_job(provider.base_url, labels=LABELS, repair=2, samples=2, concurrency=4)
+    for _ in range(3):
+        with work.start("job.yaml") as process:
+            provider.wait_for(len(provider.requests) + 12)
+            process.send_signal(signal.SIGKILL)
+            process.communicate(timeout=60)
+    result = work.run("--json")
+    assert result.json["unknown_outcomes"] <= 12
+    assert result.json["pending"] == 0
+    unknown = {row["client_request_id"] for row in _unknown(work)}
+    known = [request for request in provider.requests if request["id"] not in unknown]
+    assert sum(request["status"] == 200 for request in known) == result.json["attempts"] - len(unknown)
+    assert spent(work.rows()) == result.json["usd_spent"]
+    verified = work.batchrun("verify", "job.yaml")
+    assert verified.code == 0, verified.stdout
+
+
+def _unknown(work: Workspace) -> list[dict[str, Any]]:
+    import sqlite3
+
+    db = sqlite3.connect(work.ledger)
+    found = [{"client_request_id": name} for (name,) in db.execute(
+        "SELECT client_request_id FROM attempt WHERE outcome = 'unknown'")]  # fmt: skip
+    db.close()
+    return found
+
+
+def test_fewer_repairs_settle_what_was_to_be_asked_again(work: Workspace, provide: Provide) -> None:
+    provider = provide(keep_requests=True, refuse_after=2)
+    work.write_rows(says("?", "??"))
+    work.write_job(provider.base_url, labels=LABELS, repair=1, concurrency=1)
+    first = work.run("--json")
+    assert (first.code, first.json["pending"]) == (4, 1), first.stdout
+    asked = len(provider.requests)
+    work.write_job(provider.base_url, labels=LABELS, concurrency=1)
+    result = work.run("--json")
+    assert result.json["pending"] <= 1
+    assert len(provider.requests) - asked <= 1
+    assert work.batchrun("verify", "job.yaml").code == 0
+
+
+def test_a_canary_stops_before_the_rest_is_asked(work: Workspace, provide: Provide) -> None:
+    provider = provide(keep_requests=True)
+    work.write_rows(says(*["?"] * 200))
+    work.write_job(provider.base_url, labels=LABELS, canary=20, max_error_rate=0.5, concurrency=32)
+    result = work.run("--json")
+    assert (result.code, result.json["reason"]) == (3, "error_rate"), result.stderr
+    assert len(provider.requests) == 20
+    assert "20 of the first 20 rows failed or did not parse" in result.stderr
+
+
+def test_a_breaker_stops_a_run_that_turns_bad(work: Workspace, provide: Provide) -> None:
+    provider = provide(keep_requests=True)
+    texts = ["positive"] * 150 + ["?"] * 300
+    work.write_rows(says(*texts))
+    work.write_job(provider.base_url, labels=LABELS, max_error_rate=0.2, concurrency=4)
+    result = work.run("--json")
+    assert (result.code, result.json["reason"]) == (3, "error_rate"), result.stderr
+    assert 165 <= len(provider.requests) <= 180
+
+
+def test_a_shift_of_the_labels_is_told(work: Workspace, provide: Provide) -> None:
+    provider = provide(keep_requests=True)
+    for shares in ((40, 40), (70, 10)):
+        texts = ["positive"] * shares[0] + ["negative"] * shares[1]
+        work.write_rows(says(*texts))
+        work.write_job(provider.base_url, labels=LABELS)
+        result = work.run("--json")
+        assert result.code == 0
+    (warning,) = result.json["warnings"]
+    assert "positive 50% → 88%" in warning
+    assert f"warning: {warning}" in result.stderr
+
+
+def test_faults_of_labels_and_schemas_are_told_before_anything_is_sent(work: Workspace, provide: Provide) -> None:
+    work.write_rows(["a"])
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"labels": ["a", "A"]}, "labels"),
+        ({"labels": []}, "labels"),
+        ({"labels": ["a", 1]}, "is no text"),
+        ({"labels": ["a"], "schema": {"type": "object"}}, "exclude each other"),
+        ({"schema": {"type": "nothing"}}, "schema"),
+        ({"schema": "nowhere.json"}, "cannot be read"),
+        ({"schema": {"type": "object", "properties": {"status": {"type": "string"}}}}, "answer_prefix"),
+        ({"repair": 1}, "needs labels or a schema"),
+        ({"canary": 5}, "canary needs max_error_rate"),
+        ({"evaluate": {"expected": "gold"}}, "there is no column 'gold'"),
+        ({"evaluate": {"expected": "prompt", "answer": "x"}}, "there is no 'x'"),
+        ({"evaluate": {"expected": "prompt", "metrics": ["guess"]}}, "metrics"),
+    ]
+    for keys, told in cases:
+        work.write_job(**keys)
+        result = work.run()
+        assert (result.code, told in result.stderr) == (2, True), (keys, result.stderr)
