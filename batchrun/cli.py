@@ -130,6 +130,21 @@ def check(job: Path, rows: int, offline: bool, as_json: bool) -> None:
 
 
 @cli.command()
+@click.argument("run_a")
+@click.argument("run_b")
+@_AS_JSON
+def compare(run_a: str, run_b: str, as_json: bool) -> None:
+    """Compare two runs: what differs, whether by more than chance, and what each took.
+
+    RUN_A and RUN_B are outputs (.parquet), job files (their newest run), or JOB@RUN with the id of a run.
+    """
+    from batchrun.compare import compare
+
+    found = compare(run_a, run_b)
+    _print(found.to_json() if as_json else "\n".join(found.lines()))
+
+
+@cli.command()
 @_JOB
 @click.option("--reprice", is_flag=True, help="Derive the amounts that nobody reported anew, from the prices of now.")
 @click.option("--offline", is_flag=True, help="With --reprice: take the provider's price list as it came last.")

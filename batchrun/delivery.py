@@ -13,7 +13,7 @@ import pyarrow as pa
 from batchrun import accounts
 from batchrun.answers import Results
 from batchrun.columns import build
-from batchrun.derive import Derivation
+from batchrun.derive import Derivation, columns_of
 from batchrun.errors import BrokenPromiseError, ExitCode, Promise
 from batchrun.ledger_view import LedgerView, Run
 from batchrun.money import usd_text
@@ -42,6 +42,7 @@ def summarise(plan: Plan, ledger: LedgerView, run: Run, rows: int) -> Summary:
         seconds=0.0,
         sent=0,
         over_cap=over_cap(plan, ledger, run),
+        columns=columns_of(plan.job),
     )
 
 

@@ -18,7 +18,7 @@ from batchrun.intervals import require
 from batchrun.job import EvaluateSetting, Job
 from batchrun.money import from_pico
 from batchrun.records import Outcome, RowSlots
-from batchrun.scores import is_stated, score_names, vote
+from batchrun.scores import score_names, vote
 from batchrun.structure import Parsed, Structure
 
 _VOTE, _AGREEMENT = "vote", "agreement"
@@ -58,6 +58,32 @@ def structure_of(job: Job) -> Structure | None:
     return Structure.of_schema(job.schema_) if isinstance(job.schema_, Mapping) else None
 
 
+def columns_of(job: Job) -> dict[str, Any]:
+    """Where in the output of a job stands what two runs are compared by."""
+    structure, setting = structure_of(job), job.evaluate
+    prefix = job.output.prefix if job.output.answer_prefix is None else job.output.answer_prefix
+    if structure is None:
+        answers = [f"{job.output.prefix}{_RESPONSE}"]
+    elif setting is not None and setting.answer is not None:
+        answers = [prefix + setting.answer]
+    else:
+        answers = [prefix + name for name in structure.columns.names[:-1]]
+    return {
+        "prefix": job.output.prefix,
+        "answers": answers,
+        "id": job.input.id,
+        "expected": setting.expected if setting is not None else None,
+        "metrics": metrics_of(job),
+    }
+
+
+def metrics_of(job: Job) -> list[str]:
+    """By which the answers of a job are judged; none without `evaluate`."""
+    if job.evaluate is None:
+        return []
+    return job.evaluate.metrics or (["accuracy", "f1"] if job.labels is not None else ["exact_match"])
+
+
 class Derivation:
     """The columns that are made of answers, batch by batch.
 
@@ -77,7 +103,7 @@ class Derivation:
         self._setting = job.evaluate
         self._columns = list(self._structure.columns) if self._structure is not None else []
         self._answer = self._answer_name()
-        self._metrics = self._metrics_of(job)
+        self._metrics = metrics_of(job)
         if self._setting is not None:
             _check_columns(self._setting, input_schema)
             require(self._metrics)
@@ -149,11 +175,6 @@ class Derivation:
             raise JobError(f"evaluate.answer: there is no {wanted!r}: it is one of {listed([*names] or [_RESPONSE])}")
         return wanted
 
-    def _metrics_of(self, job: Job) -> list[str]:
-        if self._setting is None:
-            return []
-        return self._setting.metrics or (["accuracy", "f1"] if job.labels is not None else ["exact_match"])
-
     def _parsed(self, outcome: Outcome) -> Parsed:
         if not outcome.is_ok:
             return Parsed(None, None)
@@ -199,18 +220,19 @@ class Derivation:
         if self._votes:
             if not self._votes_within_model:
                 slices.pop(_MODEL, None)
-            self._take_votes(wanted, votes, slices, usd)
+            self._take_votes(expected, votes, slices, usd)
         for name in score_names(self._metrics):
             yield build(scores[name], pa.float64())
 
     def _take_votes(
-        self, wanted: Sequence[Any], votes: Sequence[Any], slices: Mapping[str, Sequence[Any]], usd: Sequence[Any]
+        self, expected: Sequence[Any], votes: Sequence[Any], slices: Mapping[str, Sequence[Any]], usd: Sequence[Any]
     ) -> None:
         step = self._group
-        firsts = range(0, len(wanted), step)
+        firsts = range(0, len(expected), step)
         costs = [usd[first : first + step] for first in firsts]
         self._evaluators[1].take(
-            [wanted[first] if is_stated(winner) else None for first, winner in zip(firsts, votes, strict=True)],
+            # One sample that was answered is enough for its row to be right or wrong.
+            [next((value for value in expected[first : first + step] if value is not None), None) for first in firsts],
             votes,
             {name: [column[first] for first in firsts] for name, column in slices.items()},
             [None if None in cost else sum(cost) for cost in costs],

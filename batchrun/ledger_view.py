@@ -113,6 +113,16 @@ class LedgerView:
             ).fetchone()
         return Run(row[0], row[1], row[2], row[3], is_new=False) if row else None
 
+    def run_named(self, run_id: str) -> Run | None:
+        """A run by its id, or by the beginning of one that no other has."""
+        rows = self.rows(
+            "SELECT run, run_id, started_at, state FROM run WHERE substr(run_id, 1, length(?1)) = ?1", (run_id,)
+        )
+        if len(rows) != 1:
+            return None
+        number, found, started_at, state = rows[0]
+        return Run(number, found, started_at, state, is_new=False)
+
     def run_ids(self) -> set[str]:
         """Of all runs."""
         return {run_id for (run_id,) in self.rows("SELECT run_id FROM run")}

@@ -43,6 +43,8 @@ class Summary:
     """Dollars by which the job's cap was exceeded; None without a cap."""
     projection: Projection | None = None
     """What the whole run will take, after a sample."""
+    columns: dict[str, Any] = field(default_factory=dict)
+    """Where in the output stands what two runs are compared by."""
     parse_errors: int = 0
     """Answers without the form that is wanted."""
     labels: dict[str, int] = field(default_factory=dict)
@@ -84,6 +86,7 @@ class Summary:
             "unplaced": totals.unplaced,
             "unplaced_usd": totals.unplaced_usd,
             "parse_errors": self.parse_errors,
+            "columns": self.columns,
             "labels": self.labels,
             "evaluation": self.evaluation,
             "repairs": totals.repairs,

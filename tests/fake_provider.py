@@ -19,9 +19,9 @@ log for every request: what was asked, what it answered and what it charged. A p
 Started as `python fake_provider.py LOG OPTIONS` with OPTIONS as JSON: `p400`, `p429`, `p500`, `p_hangup`, `p_half`,
 `p_silent` (shares of requests), `seed`, `latency`, `retry_after`, `bill` (`meta`, `credits`, `header`, `none`, `mix`),
 `charge` (a factor on its prices), `wordy` (answers of any length up to max_tokens), `refuse_after`, `withdrawn`
-(models), `body`, `bytes`, `port`, `replay`, `models`, `deprecations` (lists for the GETs of those names), `get` (see
-`answer_badly`), `stray` (an answer that nobody asked for, sent after a failure on the same connection). It prints its
-port.
+(models), `by_count` (of several answers the next for each request that is the same), `body`, `bytes`, `port`, `replay`,
+`models`, `deprecations` (lists for the GETs of those names), `get` (see `answer_badly`), `stray` (an answer that nobody
+asked for, sent after a failure on the same connection). It prints its port.
 
 `GET /v2/logs` lists what was billed, newest first. Options: `log_lag` (seconds until the line of a lost answer is
 there), `log_missing` (lines of lost answers are not), `log_429` (every so many calls are refused), `log_breaks_at`
@@ -242,6 +242,7 @@ class Provider:
         said = script.get("say", f"answer to: {text}")
         if isinstance(said, list):
             asked_before = sum(message["role"] == "assistant" for message in body["messages"])
+            asked_before += (self.seen[digest_of(body)] - 1) * bool(self.options.get("by_count"))
             said = said[min(asked_before, len(said) - 1)]
         prompt, completion = len(json.dumps(body["messages"])) // 4 + 1, len(said) // 4 + 1
         if self.options.get("wordy"):

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "batchrun"
 
 FLOORS = [
     {"errors", "usage", "sse", "columns", "uniqueness", "documents", "folders", "form", "inflate", "scrub"}
-    | {"sandbox", "tables", "evidence"},
+    | {"sandbox", "tables", "evidence", "spill"},
     {"money", "providers", "jobfile", "lock", "migrations", "casts", "textfile", "jsonl", "scores", "intervals"}
     | {"tolerant"},
     {"records", "job", "prices", "projection", "fetch", "bill", "confusion", "labels"},
@@ -41,7 +41,7 @@ FLOORS = [
     {"runner", "starter", "plan", "salvage"},
     {"spending", "breaker"},
     {"delivery"},
-    {"invocation", "offline", "reconcile", "verify"},
+    {"invocation", "offline", "reconcile", "verify", "compare"},
     {"cli"},
     {"__main__"},
 ]
@@ -83,7 +83,7 @@ def test_only_one_room_knows_each_outside_thing() -> None:
         "click": {"cli"},
         "tqdm": {"progress"},
         "xllamacpp": {"local"}, "jinja2": {"template", "sandbox"}, "ruamel": {"jobfile"}, "filelock": {"lock"},
-        "sqlite3": {"ledger", "ledger_view", "migrations", "uniqueness", "salvage"},
+        "sqlite3": {"ledger", "ledger_view", "migrations", "uniqueness", "salvage", "spill"},
         "zstandard": {"ledger", "ledger_view", "verify", "salvage"},
         "genai_prices": {"price_sources"},
         "sklearn": {"intervals"}, "scipy": {"intervals"}, "numpy": {"intervals"}, "regex": {"scores"},

@@ -1,0 +1,153 @@
+"""Answers beside what was expected: in the output, the summary and the manifest; and two runs beside each other."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+from collections.abc import Callable
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .conftest import FakeProvider, Workspace
+
+Provide = Callable[..., FakeProvider]
+LABELS = ["positive", "negative", "neutral"]
+
+
+def write(work: Workspace, rows: list[tuple[str, str, Any]]) -> None:
+    """Rows of an id, an expected value and what the fake says, which may differ from sample to sample."""
+    with (work.folder / "in.csv").open("w", newline="", encoding="utf-8") as fp:
+        writer = csv.writer(fp)
+        writer.writerow(["id", "gold", "source", "prompt"])
+        for index, (name, gold, says) in enumerate(rows):
+            writer.writerow([name, gold, "ab"[index % 2], f"{name} <<{json.dumps({'say': says})}>>"])
+
+
+def drawn(number: int, seed: int) -> list[tuple[str, str, str]]:
+    chance = random.Random(seed)
+    return [(f"r{index}", chance.choice(LABELS), chance.choice([*LABELS, "?"])) for index in range(number)]
+
+
+def test_scores_and_summary_are_those_of_scikit_learn(work: Workspace, provide: Provide) -> None:
+    from scipy.stats import binomtest
+    from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
+
+    provider = provide(bill="credits")
+    write(work, drawn(120, 1))
+    work.write_job(provider.base_url, labels=LABELS, evaluate={"expected": "gold", "by": ["source"]})
+    result = work.run("--json")
+    rows = work.rows()
+    gold, said = [row["gold"] for row in rows], [row["label"] or "(none)" for row in rows]
+    right = sum(one == other for one, other in zip(gold, said, strict=True))
+    found = result.json["evaluation"]
+    accuracy, f1 = found["metrics"]["accuracy"], found["metrics"]["f1"]
+    assert float(accuracy["value"]) == pytest.approx(accuracy_score(gold, said))
+    interval = binomtest(right, len(rows)).proportion_ci(0.95, "wilson")
+    assert (float(accuracy["low"]), float(accuracy["high"])) == pytest.approx((interval.low, interval.high))
+    assert float(f1["value"]) == pytest.approx(f1_score(gold, said, labels=LABELS, average="macro"))
+    assert f1["low"] < f1["value"] < f1["high"]
+    names = found["confusion"]["labels"]
+    assert found["confusion"]["matrix"] == confusion_matrix(gold, said, labels=names).tolist()
+    assert found["usd_per_correct"] == pytest.approx(provider.bill / right, abs=Decimal("1e-11"))
+    assert [row["score_accuracy"] for row in rows] == [
+        float(one == other) for one, other in zip(gold, said, strict=True)
+    ]
+    assert {group["value"] for group in found["slices"]["source"]["values"]} == {"a", "b"}
+    assert work.manifest()["evaluation"] == found
+    assert "accuracy" in result.stderr
+    assert work.batchrun("verify", "job.yaml").code == 0
+
+
+def test_votes_of_samples_and_of_models_are_evaluated_too(work: Workspace, provide: Provide) -> None:
+    provider = provide(by_count=True)
+    rows = [("a", "positive", ["positive", "negative", "positive"]), ("b", "neutral", ["?", "neutral", "?"])]
+    write(work, rows)
+    work.write_job(provider.base_url, labels=LABELS, samples=3, concurrency=1, evaluate={"expected": "gold"})
+    result = work.run("--json")
+    assert [row["vote"] for row in work.rows()] == ["positive"] * 3 + ["neutral"] * 3
+    assert [row["agreement"] for row in work.rows()] == pytest.approx([2 / 3] * 3 + [1.0] * 3)
+    assert (result.json["evaluation"]["rows"], result.json["evaluation"]["right"]) == (6, 3)
+    assert (result.json["evaluation"]["votes"]["rows"], result.json["evaluation"]["votes"]["right"]) == (2, 2)
+    work.write_job(
+        provider.base_url, labels=LABELS, model=["m/one", "m/two"], evaluate={"expected": "gold"}, name="models",
+        ledger="models.sqlite", output="models.parquet",
+    )  # fmt: skip
+    result = work.run("--json")
+    by_model = result.json["evaluation"]["slices"]["requested_model"]["values"]
+    assert [group["value"] for group in by_model] == ["m/one", "m/two"]
+    assert result.json["evaluation"]["votes"]["rows"] == 2
+
+
+def test_text_is_evaluated_by_what_it_says(work: Workspace, provide: Provide) -> None:
+    provider = provide()
+    write(work, [("a", "42", "It is 42.0 in all"), ("b", "7", "eight"), ("c", "", "no gold")])
+    metrics = ["exact_match", "contains", "numeric_close"]
+    work.write_job(provider.base_url, evaluate={"expected": "gold", "metrics": metrics})
+    result = work.run("--json")
+    assert result.code == 0
+    rows = work.rows()
+    assert [row["score_contains"] for row in rows] == [1.0, 0.0, None]
+    assert [row["score_numeric_close"] for row in rows] == [1.0, 0.0, None]
+    assert result.json["evaluation"]["without_expected"] == 1
+
+
+def test_two_runs_are_compared(work: Workspace, provide: Provide) -> None:
+    provider = provide(bill="credits")
+    first, second = drawn(80, 2), drawn(80, 3)
+    write(work, first)
+    keys: dict[str, Any] = {"labels": LABELS, "evaluate": {"expected": "gold"}, "output": "{run_id}.parquet"}
+    work.write_job(provider.base_url, input={"path": "in.csv", "id": "id"}, **keys)
+    one = work.run("--json").json
+    # Another prompt, other answers, other order; the same ids and expected values.
+    other = [(name, gold, says) for (name, gold, _), (_, _, says) in zip(first, second, strict=True)]
+    random.Random(1).shuffle(other)
+    write(work, other)
+    two = work.run("--json").json
+    found = work.batchrun("compare", one["output"], two["output"], "--json").json
+    assert (found["rows"], found["only_a"], found["only_b"]) == (80, 0, 0)
+    right = [{name: gold == says for name, gold, says in rows} for rows in (first, other)]
+    assert found["wrong_to_right"]["number"] == sum(right[1][name] > right[0][name] for name in right[0])
+    assert found["right_to_wrong"]["number"] == sum(right[1][name] < right[0][name] for name in right[0])
+    assert (found["a"]["usd"], found["b"]["usd"]) == (one["usd_spent"], two["usd_spent"])
+    accuracy = found["metrics"]["accuracy"]
+    assert float(accuracy["a"]) == pytest.approx(sum(right[0].values()) / 80)
+    assert 0 <= accuracy["difference"]["p_value"] <= 1
+    shown = work.batchrun("compare", one["output"], "job.yaml")
+    assert "wrong → right by accuracy" in shown.stdout
+    # The first run's input is gone, and only its Parquet still has the rows.
+    lost = work.batchrun("compare", f"job.yaml@{one['run_id']}", "job.yaml")
+    assert (lost.code, "the input has changed since run" in lost.stderr) == (2, True)
+    assert (
+        work.batchrun("compare", f"job.yaml@{two['run_id'][:18]}", "job.yaml", "--json").json["changed"]["number"] == 0
+    )
+
+
+def test_what_cannot_be_compared_is_told(work: Workspace, provide: Provide) -> None:
+    work.write_rows(["a"])
+    work.write_job(provide().base_url)
+    for name, told in (("job.yaml", "has no run yet"), ("nowhere.parquet", "no output that batchrun has written")):
+        result = work.batchrun("compare", name, "job.yaml")
+        assert (result.code, told in result.stderr) == (2, True), result.stderr
+
+
+@pytest.mark.parametrize("column", ["label", "response"])
+def test_a_judge_reads_what_another_job_has_written(work: Workspace, provide: Provide, column: str) -> None:
+    provider = provide()
+    write(work, drawn(4, 4))
+    work.write_job(provider.base_url, labels=LABELS)
+    work.run()
+    made = work.batchrun("init", "out.parquet")
+    assert made.code == 0, made.stderr
+    judge = work.folder / "out.yaml"
+    text = judge.read_text(encoding="utf-8")
+    assert column in text
+    edited = text.replace("provider: local", f"provider: {{name: aimlapi, base_url: {provider.base_url!r}}}")
+    judge.write_text(edited, encoding="utf-8")
+    checked = work.batchrun("check", "out.yaml")
+    assert checked.code == 0, checked.stderr
+    assert Path(work.folder / "out.parquet").exists()
+    assert Decimal(0) <= provider.bill
