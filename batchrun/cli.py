@@ -148,20 +148,39 @@ def compare(run_a: str, run_b: str, as_json: bool) -> None:
 @_JOB
 @click.option("--reprice", is_flag=True, help="Derive the amounts that nobody reported anew, from the prices of now.")
 @click.option("--offline", is_flag=True, help="With --reprice: take the provider's price list as it came last.")
+@click.option(
+    "--to",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write another file instead: .csv, .jsonl or .parquet.",
+)
+@click.option("--columns", metavar="A,B,…", help="Write these columns only, in this order.")
 @_AS_JSON
 @click.option("--quiet", "-q", is_flag=True, help="No summary on stderr; errors only.")
 @_ADOPT
-def export(job: Path, reprice: bool, offline: bool, as_json: bool, quiet: bool, adopt_ledger: bool) -> None:
-    """Write the Parquet of the newest run again, from the ledger, for nothing."""
+def export(
+    job: Path,
+    reprice: bool,
+    offline: bool,
+    to: Path | None,
+    columns: str | None,
+    as_json: bool,
+    quiet: bool,
+    adopt_ledger: bool,
+) -> None:
+    """Write the Parquet of the newest run again, or another file, from the ledger, for nothing."""
     from batchrun.job import load_job
     from batchrun.lock import held
 
+    if columns is not None and to is None:
+        raise click.UsageError("--columns is for another file: add --to FILE")
     loaded = load_job(job)
     with held(loaded.ledger_path):
         from batchrun.offline import export
 
         summary, repriced = export(
-            loaded, os.environ, adopt=adopt_ledger, reprices=reprice, is_offline=offline,
+            loaded, os.environ, adopt=adopt_ledger, reprices=reprice, is_offline=offline, to=to,
+            columns=[name.strip() for name in columns.split(",")] if columns is not None else None,
             say=_silent if quiet else _say,
         )  # fmt: skip
     if repriced is not None and not quiet:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +15,10 @@ from batchrun.answers import Results
 from batchrun.columns import build
 from batchrun.derive import Derivation, columns_of
 from batchrun.errors import BrokenPromiseError, ExitCode, Promise
+from batchrun.exports import write_table
 from batchrun.ledger_view import LedgerView, Run
 from batchrun.money import usd_text
 from batchrun.plan import Plan
-from batchrun.sink import write_parquet
 from batchrun.spending import over_cap
 from batchrun.summary import Summary, exact_json
 
@@ -53,11 +53,13 @@ def write_output(
     output: Path,
     summary: Callable[[], Summary],
     wait: Callable[[int, int], None] = lambda start, stop: None,
+    names: Sequence[str] | None = None,
 ) -> Derivation:
     """Write the Parquet of a run; what was made of its answers.
 
     Args:
         summary: called after the last row.
+        names: the columns to write; None for all.
         wait: called before the rows `start` ≤ index < `stop` are looked up; returns when nothing more happens to them.
 
     Raises:
@@ -74,7 +76,12 @@ def write_output(
             _check_sums(found, results)
         return exact_json(with_derived(found, derivation).manifest())
 
-    write_parquet(output, plan.schema, expected_batches(plan, ledger, run, results, derivation, wait), manifest)
+    batches = expected_batches(plan, ledger, run, results, derivation, wait)
+    schema = plan.schema
+    if names is not None:
+        schema = pa.schema([schema.field(name) for name in names])
+        batches = (batch.select(names) for batch in batches)
+    write_table(output, schema, batches, manifest)
     return derivation
 
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 from batchrun import accounts
 from batchrun.delivery import summarise, with_derived, write_output
 from batchrun.errors import JobError, MissingHereError, StorageError
 from batchrun.estimate import Estimate, Estimator, together
+from batchrun.exports import check_export
 from batchrun.job import Job
 from batchrun.ledger import Ledger
 from batchrun.ledger_view import LedgerView, Run, Snapshot
@@ -152,6 +154,8 @@ def export(
     adopt: bool = False,
     reprices: bool = False,
     is_offline: bool = False,
+    to: Path | None = None,
+    columns: Sequence[str] | None = None,
     say: Callable[[str], None],
 ) -> tuple[Summary, Repriced | None]:
     """Write the output of the newest run again, from the ledger, for nothing. The caller holds the ledger's lock.
@@ -161,6 +165,8 @@ def export(
     Args:
         reprices: derive the amounts that nobody reported anew, from the prices of now and each request's date.
         is_offline: take the provider's price list as it came last.
+        to: write another file instead: .csv, .jsonl or .parquet.
+        columns: of it; None for all.
 
     Raises:
         BatchrunError: there is no run, or the output cannot be written.
@@ -177,18 +183,27 @@ def export(
         run, known = found
         shaped = job.with_shape_of(known.job)
         repriced = _reprice(shaped, environ, ledger, run, is_offline, say) if reprices else None
-        summary = rewrite(job, ledger, run, known)
+        summary = rewrite(job, ledger, run, known, to, columns)
     return replace(summary, seconds=time.monotonic() - began), repriced
 
 
-def rewrite(job: Job, ledger: Ledger, run: Run, known: Snapshot) -> Summary:
-    """Write the output of a run from what the ledger holds of it."""
+def rewrite(
+    job: Job,
+    ledger: Ledger,
+    run: Run,
+    known: Snapshot,
+    to: Path | None = None,
+    columns: Sequence[str] | None = None,
+) -> Summary:
+    """Write the output of a run, or some columns of it to another file, from what the ledger holds of it."""
     plan = Plan.to_read(job.with_shape_of(known.job), known.endpoint)
-    output = plan.output_path(run)
+    output = plan.output_path(run) if to is None else plan.refuse_own(to.absolute(), "--to")
+    names = check_export(output, columns, plan.schema)
     rows = place(plan, ledger, run)
     summary = replace(summarise(plan, ledger, run, rows), output=str(output), reason=known.reason)
-    derivation = write_output(plan, ledger, run, output, lambda: summary)
-    ledger.note_output(run)
+    derivation = write_output(plan, ledger, run, output, lambda: summary, names=names)
+    if to is None:
+        ledger.note_output(run)
     return with_derived(summary, derivation)
 
 

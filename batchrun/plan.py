@@ -156,13 +156,21 @@ class Plan:
         """Where a run's Parquet goes; `{date}` is the day on which the run began."""
         started = datetime.fromtimestamp(run.started_at / 1e6, UTC)
         path = self.job.resolve(self.job.output.path.format(run_id=run.run_id, date=started.strftime("%Y-%m-%d")))
+        return self.refuse_own(path, "output")
+
+    def refuse_own(self, path: Path, where: str) -> Path:
+        """A path that is to be written to, if nothing of the job stands there. `where`: what names it.
+
+        Raises:
+            JobError: it is the input, the ledger or the job file.
+        """
         taken = {
             **dict.fromkeys(self.source.paths, "the input"),
             _real(self.job.ledger_path): "the ledger",
             _real(self.job.path): "the job file",
         }
         if (other := taken.get(_real(path))) is not None or self.source.would_read(path):
-            raise JobError(f"output: {path} is {other or 'part of the input'} too: name another file")
+            raise JobError(f"{where}: {path} is {other or 'part of the input'} too: name another file")
         return path
 
     def asked(self, *, keyed: bool = True) -> Iterator[Asked]:

@@ -12,6 +12,8 @@ import pyarrow as pa
 from batchrun.answers import result_schema
 from batchrun.errors import JobError, StorageError
 from batchrun.job import Job
+from batchrun.scores import METRICS
+from batchrun.sink import manifest_of
 from batchrun.source import Source
 
 _TEMPLATE = """\
@@ -51,20 +53,26 @@ def write_starter(data: Path, path: Path) -> Path:
     """
     relative = os.path.relpath(data, path.parent)
     source = Source(_probe(data, path))
-    results = set(result_schema(streamed=True).names)
-    kept = [name for name in source.columns if name not in results] if source.is_own_output else source.columns
-    if not kept:
+    answers = _answers(data) if source.is_own_output else []
+    results = {*result_schema(streamed=True, sampled=True, reuses=True).names, *answers, *_DERIVED}
+    kept = [name for name in source.columns if not _is_result(name, results)]
+    if not source.is_own_output:
+        kept = source.columns
+    elif not kept:
         raise JobError(f"{data}: has no columns but batchrun's own results")
     if source.is_own_output:
         # The result columns of that job would stand in the way of this one's.
-        dropped = [name for name in source.columns if name in results and name != "response"]
-        renamed = ["response: {name: earlier_response}"] if "response" in source.columns else []
-        pairs = ", ".join([*renamed, *(f"{name}: null" for name in dropped)])
+        renamed = [name for name in ("response", *answers) if name in source.columns]
+        dropped = [name for name in source.columns if name not in (*kept, *renamed)]
+        pairs = ", ".join([
+            *(f"{_text(name)}: {{name: {_text(f'earlier_{name}')}}}" for name in renamed),
+            *(f"{_text(name)}: null" for name in dropped),
+        ])  # fmt: skip
         reading = (
             "# Written by batchrun: its own result columns are dropped or renamed.\n"
             f"input:\n  path: {_text(relative)}\n  columns: {{{pairs}}}"
         )
-        columns = [*kept, *(["earlier_response"] if renamed else [])]
+        columns = [*kept, *(f"earlier_{name}" for name in renamed)]
     else:
         reading, columns = f"input: {_text(relative)}", kept
     text = _TEMPLATE.format(
@@ -82,6 +90,19 @@ def write_starter(data: Path, path: Path) -> Path:
     except OSError as exc:
         raise StorageError(f"{path} cannot be written: {exc.strerror or exc}") from exc
     return path
+
+
+_DERIVED = ("parse_error", "vote", "agreement")
+
+
+def _is_result(name: str, results: set[str]) -> bool:
+    return name in results or (name.startswith("score_") and name.removeprefix("score_") in METRICS)
+
+
+def _answers(data: Path) -> list[str]:
+    """The columns that an output has of its answers, besides their text."""
+    columns = (manifest_of(data) or {}).get("columns", {})
+    return [name for name in columns.get("answers", []) if name != f"{columns['prefix']}response"]
 
 
 def _probe(data: Path, path: Path) -> Job:

@@ -151,3 +151,40 @@ def test_a_judge_reads_what_another_job_has_written(work: Workspace, provide: Pr
     assert checked.code == 0, checked.stderr
     assert Path(work.folder / "out.parquet").exists()
     assert Decimal(0) <= provider.bill
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
+def test_labels_are_exported_to_a_file_of_their_own(work: Workspace, provide: Provide, ending: str) -> None:
+    import pandas as pd
+
+    provider = provide()
+    write(work, [("r,1", "positive", "positive"), ("r2", "neutral", "?"), ("rö", "negative", "negative")])
+    work.write_job(provider.base_url, labels=LABELS)
+    work.run()
+    before = work.output.read_bytes()
+    path = work.folder / f"labels.{ending}"
+    result = work.batchrun("export", "job.yaml", "--to", str(path), "--columns", "id,label,flags,usd_spent")
+    assert result.code == 0, result.stderr
+    read = {"csv": pd.read_csv, "jsonl": lambda name: pd.read_json(name, lines=True), "parquet": pd.read_parquet}[
+        ending
+    ]
+    frame = read(path)
+    assert list(frame.columns) == ["id", "label", "flags", "usd_spent"]
+    assert list(frame["id"]) == ["r,1", "r2", "rö"]
+    assert list(frame["label"].astype(object).fillna("none")) == ["positive", "none", "negative"]
+    assert sum(map(Decimal, map(repr, map(float, frame["usd_spent"])))) == provider.bill
+    assert work.output.read_bytes() == before
+    assert len(provider.requests) == 3
+
+
+def test_an_export_that_cannot_be_is_told(work: Workspace, provide: Provide) -> None:
+    write(work, [("a", "b", "positive")])
+    work.write_job(provide().base_url, labels=LABELS)
+    work.run()
+    for options, told in (
+        (("--to", "x.xlsx"), "should end in .csv, .jsonl, .parquet"), (("--columns", "id"), "add --to FILE"),
+        (("--to", "x.csv", "--columns", "nothing"), "there is no column 'nothing'"),
+        (("--to", "in.csv"), "is the input too"), (("--to", "/proc/x.csv"), "cannot be written"),
+    ):  # fmt: skip
+        result = work.batchrun("export", "job.yaml", *options)
+        assert (result.code in (2, 6), told in result.stderr) == (True, True), (options, result.stderr)

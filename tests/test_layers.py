@@ -37,7 +37,7 @@ FLOORS = [
         "evaluate",
         "comparison",
     },
-    {"derive"},
+    {"derive", "exports"},
     {"runner", "starter", "plan", "salvage"},
     {"spending", "breaker"},
     {"delivery"},

@@ -1,0 +1,117 @@
+"""Record batches → a CSV, JSONL or Parquet file of some columns, that appears whole or not at all."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from base64 import b64encode
+from collections.abc import Callable, Iterable, Sequence
+from datetime import date, datetime, time, timedelta
+from decimal import Decimal
+from pathlib import Path
+from typing import IO, Any
+from uuid import UUID
+
+import pyarrow as pa
+
+from batchrun.errors import JobError, StorageError, listed
+from batchrun.folders import sync_folder
+from batchrun.sink import write_parquet
+
+ENDINGS = (".csv", ".jsonl", ".parquet")
+
+
+def check_export(path: Path, columns: Sequence[str] | None, schema: pa.Schema) -> list[str]:
+    """The columns to write.
+
+    Raises:
+        JobError: the file's ending tells no format, or there is no such column.
+    """
+    if path.suffix.lower() not in ENDINGS:
+        raise JobError(f"--to {path}: should end in {', '.join(ENDINGS)}")
+    for name in columns or ():
+        if name not in schema.names:
+            raise JobError(f"--columns: there is no column {name!r}: the columns are {listed(schema.names)}")
+    return list(columns) if columns else list(schema.names)
+
+
+def write_table(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch], manifest: Callable[[], str]) -> None:
+    """Write batches of a schema; CSV and JSONL hold what has no form in them (bytes, moments, lists in CSV) as text.
+
+    Raises:
+        StorageError: it cannot be written; what stood there before is untouched.
+    """
+    match path.suffix.lower():
+        case ".parquet":
+            write_parquet(path, schema, batches, manifest)
+        case ".csv":
+            _write_text(path, batches, lambda fp: _CsvWriter(fp, schema.names))
+        case _:
+            _write_text(path, batches, lambda fp: _JsonlWriter(fp, schema.names))
+
+
+def _write_text(path: Path, batches: Iterable[pa.RecordBatch], writer_of: Callable[[IO[str]], Any]) -> None:
+    beside = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with beside.open("w", encoding="utf-8", newline="") as fp:
+                writer = writer_of(fp)
+                for batch in batches:
+                    writer.write(batch)
+                fp.flush()
+                os.fsync(fp.fileno())
+            beside.replace(path)
+        except BaseException:
+            beside.unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
+    except OSError as exc:
+        raise StorageError(f"{path} cannot be written: {exc.strerror or exc}") from exc
+
+
+class _CsvWriter:
+    def __init__(self, fp: IO[str], names: Sequence[str]) -> None:
+        self._writer = csv.writer(fp, lineterminator="\n")
+        self._writer.writerow(names)
+
+    def write(self, batch: pa.RecordBatch) -> None:
+        """The next rows."""
+        columns = [[_cell(value) for value in column.to_pylist()] for column in batch.columns]
+        self._writer.writerows(zip(*columns, strict=True))
+
+
+class _JsonlWriter:
+    def __init__(self, fp: IO[str], names: Sequence[str]) -> None:
+        self._fp = fp
+        self._names = names
+
+    def write(self, batch: pa.RecordBatch) -> None:
+        """The next rows."""
+        for values in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+            row = dict(zip(self._names, values, strict=True))
+            self._fp.write(json.dumps(row, ensure_ascii=False, default=_plain))
+            self._fp.write("\n")
+
+
+def _cell(value: Any) -> Any:
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int | float | Decimal):
+        return repr(value) if isinstance(value, float) else value
+    if isinstance(value, list | dict):
+        return json.dumps(value, ensure_ascii=False, default=_plain)
+    return _plain(value)
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, datetime | date | time):
+        return value.isoformat()
+    if isinstance(value, bytes):
+        return b64encode(value).decode()
+    if isinstance(value, Decimal | UUID | timedelta):
+        return str(value)
+    raise TypeError(f"a {type(value).__name__} has no form in text")
