@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Callable
+from decimal import Decimal
 from typing import Any
 
 import pyarrow as pa
@@ -151,6 +152,8 @@ def test_repairs_go_on_after_a_kill_and_are_counted_to_the_digit(work: Workspace
     unknown = {row["client_request_id"] for row in _unknown(work)}
     known = [request for request in provider.requests if request["id"] not in unknown]
     assert sum(request["status"] == 200 for request in known) == result.json["attempts"] - len(unknown)
+    assert sum(Decimal(request["usd"]) for request in known) == result.json["usd_spent"]
+    assert result.json["repair_usd"] < result.json["usd_spent"]
     assert spent(work.rows()) == result.json["usd_spent"]
     verified = work.batchrun("verify", "job.yaml")
     assert verified.code == 0, verified.stdout

@@ -34,6 +34,8 @@ def test_the_job_of_the_readme_is_a_job(tmp_path: Path) -> None:
     path.write_text("input: a.csv\nmodel: m\noutput: o.parquet\n" + blocks("yaml")[1], encoding="utf-8")
     assert load_job(path).provider.name == "mine"
     path.write_text(blocks("yaml")[2], encoding="utf-8")
+    assert load_job(path).evaluate is not None
+    path.write_text(blocks("yaml")[3], encoding="utf-8")
     assert load_job(path).budget is not None
 
 
@@ -60,6 +62,8 @@ def test_every_command_is_in_the_readme() -> None:
         "--offline",
         "--reprice",
         "--settle-after",
+        "--to",
+        "--columns",
     ):
         assert option in commands
 
