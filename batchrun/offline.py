@@ -99,11 +99,13 @@ def check(job: Job, environ: Mapping[str, str], *, samples: int = 3, is_offline:
     estimator = Estimator(pricing, measured)
     rows = fault_count = 0
     faults: list[RowFault] = []
-    for asked in plan.asked():
-        rows += asked.rows
-        fault_count += len(asked.faults)
-        faults += asked.faults[: _MOST_FAULTS - len(faults)]
-        for request in asked.requests:
+    for request in plan.requests():
+        rows += 1
+        if isinstance(request, RowFault):
+            fault_count += 1
+            if len(faults) < _MOST_FAULTS:
+                faults.append(request)
+        else:
             estimator.take(request)
     if job.budget is not None:
         try:

@@ -182,7 +182,7 @@ class Asked(NamedTuple):
 
     rows: int
     requests: Sequence[Request] = ()
-    """Those of all rows but the faulty; none where their keys are not needed."""
+    """Those of all rows but the faulty, without their bodies; none where their keys are not needed."""
     faults: Sequence[RowFault] = ()
 
 
