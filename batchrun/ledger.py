@@ -30,6 +30,7 @@ from batchrun.errors import BrokenPromiseError, JobError, Promise, StorageError
 from batchrun.folders import fill, sync_folder
 from batchrun.ledger_view import (
     INTENT_COLUMNS,
+    NEWEST_IS_FINAL,
     SEAL_MASK,
     SETTLEMENT_COLUMNS,
     LedgerView,
@@ -298,8 +299,10 @@ class Ledger(LedgerView):
                     self._db.execute(statement)
             if needs_keys:
                 self._db.execute(
+                    # What was answered or refused before is settled by that.
                     "DELETE FROM row_fault WHERE run = :run AND (row_index, model, sample) IN "
-                    f"(SELECT at, model, sample FROM ({self.standing_sql(run)}) WHERE outcome = 'ok')",
+                    f"(SELECT at, model, sample FROM ({self.standing_sql(run)}) GROUP BY at, model, sample "
+                    f"HAVING max(outcome = 'ok') OR {NEWEST_IS_FINAL})",
                     everywhere(run),
                 )
             text = _json({**found(), "rows": rows})

@@ -110,11 +110,13 @@ def check(job: Job, environ: Mapping[str, str], *, samples: int = 3, is_offline:
         }
     rows = fault_count = 0
     faults: list[RowFault] = []
-    for asked in plan.asked():
-        rows += asked.rows
-        fault_count += len(asked.faults)
-        faults += asked.faults[: _MOST_FAULTS - len(faults)]
-        for request in asked.requests:
+    for request in plan.requests():
+        rows = request.slot.row_index + 1
+        if isinstance(request, RowFault):
+            fault_count += 1
+            if len(faults) < _MOST_FAULTS:
+                faults.append(request)
+        else:
             estimators[request.slot.model].take(request)
     if job.budget is not None:
         try:

@@ -39,10 +39,18 @@ _APART = 2.0
 """Times that one bound may be the other, where only the other is the provider's."""
 _FRUITLESS = 0.25
 """If some refusals go on below this part of what was borne, it is chance that refuses."""
-_TIMED = 200
-"""Answers whose latency is averaged, about."""
+_NO_HELP = 1.4
+"""A cut that makes fewer be taken, up to so many times as few as it makes be sent, was no help."""
+_MOST_CHANCE = 0.45
+"""Share of refusals beyond which it is never chance."""
 _RECENT = 50
 """Requests of which the share of refusals is taken, about."""
+_TELLING = 30
+"""Answers since a wall from which on they tell what share is refused."""
+_LEAST = 1 / 60
+"""Requests a second that are sent whatever is refused: growth goes by answers, and would have none to go by."""
+_TIMED = 200
+"""Answers whose latency is averaged, about."""
 
 
 class Pacing:
@@ -64,7 +72,13 @@ class Pacing:
         """Which of them grows."""
         self._borne: float | None = None
         """Requests a second when the latest wall was met; None while no limit is known."""
+        self._top = inf
+        """The same, however far it was stepped down since."""
+        self._cut: tuple[float, float, float] | None = None
+        """By the latest wall: requests a second sent at most before it, taken then, and sent at most after it."""
         self._is_wall = False
+        self._met = 0.0
+        """When the latest wall was met."""
         self._pauses = 0
         """At this wall."""
         self._since = -inf
@@ -179,9 +193,13 @@ class Pacing:
                 self._borne is not None and sent_at >= self._since and (self._waiters or self.in_flight >= self.allowed)
             ):
                 self._grow(now)
+        elif self._is_wall and sent_at >= self._since:
+            # Refused for its own sake: it was taken all the same.
+            self._resume(now)
 
     def _meet_wall(self, now: float, retry_after: float | None) -> None:
-        self._is_wall = True
+        if not self._is_wall:
+            self._is_wall, self._met = True, now
         self._pause(now, min(_PAUSE * 2**self._pauses, _LONGEST_PAUSE) if retry_after is None else retry_after)
         self._pauses += 1
 
@@ -191,16 +209,39 @@ class Pacing:
     def _resume(self, now: float) -> None:
         before = min(*self._bounds, self._most / self._latency)
         # What is still under way was taken: refusals have come by now.
-        rate = (self._taken + self.in_flight) / max(now - self._wall_ended, 1e-3)
-        self._borne = min(before, max(rate, before * _DEEPEST_CUT))
-        self._bounds = [self._borne, self._borne * _ROOM]
-        self._debt, self._sought = 0.0, _SOUGHT
+        rate = (self._taken + self.in_flight) / max(
+            min(now - self._wall_ended, self._met - self._wall_ended + 5 * self._latency), self._latency
+        )
+        if self._taken >= _TELLING and self._was_no_help(rate):
+            self._take_for_chance(self._cut[0] if self._cut is not None else before)
+        else:
+            self._borne = self._top = max(_LEAST, min(before, max(rate, before * _DEEPEST_CUT)))
+            self._cut = before, rate, self._borne
+            self._bounds = [self._borne, self._borne * _ROOM]
+            self._debt, self._sought = 0.0, _SOUGHT
+            # A limit is known: less is enough to see that it is far exceeded.
+            self._tests = (Evidence(_CHANCE, 0.6, 1000, self._since, self._entered),)
         self._is_wall, self._pauses = False, 0
         self._wall_ended, self._taken = now, 0
         self._next = now
-        # A limit is known: less is enough to see that it is far exceeded.
-        self._tests = (Evidence(_CHANCE, 0.6, 1000, self._since, self._entered),)
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         self._wake()
+
+    def _was_no_help(self, rate: float) -> bool:
+        """True if the latest wall's cut made as many fewer be taken as be sent: then it is no number that refuses."""
+        if self._cut is None:
+            return False
+        before, taken, after = self._cut
+        return after < 0.75 * before and rate < _NO_HELP * taken * after / before
+
+    def _take_for_chance(self, bound: float) -> None:
+        """Go back to a bound, and look for more refusals than there are."""
+        share = min(0.9, self._share)
+        self._bounds, self._borne, self._top, self._cut = [bound, bound * _ROOM], bound, bound, None
+        self._debt, self._sought = 0.0, _SOUGHT + share / (1 - share)
+        self._tests = (Evidence(max(_CHANCE, share), (1 + max(_CHANCE, share)) / 2, 1e5, self._latest, self._entered),)
 
     def _step_down(self, now: float, borne: float) -> None:
         self._since = now
@@ -211,10 +252,10 @@ class Pacing:
             self._bounds[self._turn] *= 1 - _STEP
         if min(self._bounds) < _FRUITLESS * borne:
             self._borne = min(self._bounds)
-            if 3 * _SOUGHT < self._share < _CHANCE:
-                # What is refused even so is neither many nor few: go back, and look for more refusals than these.
-                self._bounds, self._borne = [borne, borne * _ROOM], borne
-                self._debt, self._sought = 0.0, _SOUGHT + self._share / (1 - self._share)
+            is_far = self._borne < _FRUITLESS**2 * self._top
+            if self._taken >= _TELLING and 3 * _SOUGHT < self._share < (_MOST_CHANCE if is_far else _CHANCE):
+                self._take_for_chance(self._top if is_far else borne)
+        self._bounds = [max(_LEAST, bound) for bound in self._bounds]
 
     def _grow(self, now: float) -> None:
         if now < self._calm_at or self._debt > 0:

@@ -173,7 +173,16 @@ class Plan:
             raise JobError(f"{where}: {path} is {other or 'part of the input'} too: name another file")
         return path
 
-    def asked(self, *, keyed: bool = True) -> Iterator[Asked]:
+    def requests(self) -> Iterator[Request | RowFault]:
+        """Every slot of the input, in order, one at a time.
+
+        Raises:
+            JobError: the column `input.id` holds a value twice.
+        """
+        for batch in self._checked_batches():
+            yield from self._requests_of(batch, keyed=False)
+
+    def asked(self, *, keyed: bool) -> Iterator[Asked]:
         """What the input asks for, batch by batch, in order.
 
         Args:
@@ -182,15 +191,19 @@ class Plan:
         Raises:
             JobError: the column `input.id` holds a value twice.
         """
+        for batch in self._checked_batches():
+            if not keyed and self._is_alike(batch):
+                yield Asked(batch.rows.num_rows)
+            else:
+                yield self._looked_at(batch, keyed=keyed)
+
+    def _checked_batches(self) -> Iterator[Batch]:
         unique = UniqueValues()
         # All columns are read: one that cannot be must be found before anything is paid for.
         for batch in self.source.batches():
             if self.job.input.id is not None:
                 self._refuse_twice(batch, self.job.input.id, unique)
-            if not keyed and self._is_alike(batch):
-                yield Asked(batch.rows.num_rows)
-            else:
-                yield self._looked_at(batch, keyed=keyed)
+            yield batch
 
     def _is_alike(self, batch: Batch) -> bool:
         """True if each of the rows gives a request as surely as the first."""
@@ -201,14 +214,19 @@ class Plan:
     def _looked_at(self, batch: Batch, *, keyed: bool) -> Asked:
         """What rows ask for, one by one."""
         requests, faults = [], []
+        for request in self._requests_of(batch, keyed=keyed):
+            if isinstance(request, RowFault):
+                faults.append(request)
+            elif keyed:
+                requests.append(request._replace(body=b""))
+        return Asked(batch.rows.num_rows, requests, faults)
+
+    def _requests_of(self, batch: Batch, *, keyed: bool) -> Iterator[Request | RowFault]:
         for row_index, row in enumerate(_plain_rows(batch, self.columns), batch.start):
             for request in self._requests(row_index, row, keyed=keyed):
-                if isinstance(request, RowFault):
-                    faults.append(request)
-                else:
+                if isinstance(request, Request):
                     self._note_bounds(request)
-                    requests.append(request)
-        return Asked(batch.rows.num_rows, requests if keyed else (), faults)
+                yield request
 
     def _refuse_twice(self, batch: Batch, name: str, unique: UniqueValues) -> None:
         for row_index, row in enumerate(_plain_rows(batch, [name]), batch.start):

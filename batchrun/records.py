@@ -221,7 +221,7 @@ class Asked(NamedTuple):
 
     rows: int
     requests: Sequence[Request] = ()
-    """Those of all slots but the faulty; none where their keys are not needed."""
+    """Those of all slots but the faulty, without their bodies; none where their keys are not needed."""
     faults: Sequence[RowFault] = ()
 
 

@@ -274,11 +274,10 @@ class Runner:
         try:
             # One after the other: neither a long prompt nor a dear one must see others pass by for ever.
             async with self._turn:
-                if self._rates.is_bounded:
-                    # A permit that waits for money would be used beside those of another minute.
-                    await self._budget.room(work.request)
-                waited_for = await self._rates.enter(work.request)
-                reservation = await self._budget.reserve(work.request)
+                # A permit that waits for money would be used beside those of another minute.
+                has_room = not self._rates.is_bounded or await self._budget.room(work.request) is not None
+                waited_for = await self._rates.enter(work.request) if has_room else 0.0
+                reservation = await self._budget.reserve(work.request) if has_room else None
             if self._stopping.is_set():
                 return
             if reservation is None:

@@ -24,9 +24,9 @@ def _sends_before_the_commit() -> None:
 
 
 def _reserves_nothing() -> None:
-    from batchrun.budget import Budget
+    from batchrun.budget import WorstCase
 
-    Budget.most_pico = lambda self, request, now: 0  # type: ignore[method-assign]
+    WorstCase.pico = lambda self, request, now: 0  # type: ignore[method-assign]
 
 
 def _asks_again_what_is_answered() -> None:

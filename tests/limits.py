@@ -53,6 +53,18 @@ class Closed(Free):
 
 
 @dataclass
+class Doors(Free):
+    """Bears everything for the first `opened` seconds of each period, and nothing in the rest."""
+
+    opened: float
+    period: float
+
+    def admit(self, now: float, size: int) -> float | None:
+        into = now % self.period
+        return None if into < self.opened else self.period - into
+
+
+@dataclass
 class Bucket(Free):
     """So many requests a second on the average, `burst` at once. With `sized`, a request counts by its size."""
 

@@ -183,13 +183,17 @@ def test_the_parquet_has_every_column_of_the_readme_and_opens_in_pandas(work: Wo
     import pandas as pd
 
     provider = provide()
-    work.write_rows(["a"])
-    work.write_job(provider.base_url, stream=True)
+    (work.folder / "in.csv").write_text("prompt\na\n")
+    work.write_job(
+        provider.base_url, stream=True, samples=2, reuse=True, labels=["answer", "other"],
+        evaluate={"expected": "prompt", "metrics": ["accuracy"]},
+    )  # fmt: skip
     assert work.run().code == 0
     frame = pd.read_parquet(work.output)
     readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
     section = readme.partition("## Output columns")[2].partition("\n## ")[0]
-    documented = [line.split("`")[1] for line in section.splitlines() if line.startswith("| `")]
+    cells = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    documented = [name.replace("score_…", "score_accuracy") for cell in cells for name in cell.split("`")[1::2]]
     assert list(frame.columns)[1:] == documented
     assert str(frame["finished_at"].dtype).startswith("datetime64[us, UTC")
 

@@ -16,6 +16,7 @@ from .limits import (
     Closed,
     Concurrent,
     Course,
+    Doors,
     Free,
     Latency,
     Limit,
@@ -91,6 +92,24 @@ def test_where_nothing_is_taken_one_request_at_a_time_asks_ever_more_rarely(quic
 def test_a_server_in_trouble_is_sent_no_less(quick_path: Path) -> None:
     found = course(quick_path, Provider(Free(), lognormal(1.0), errors=0.3), concurrency=16, seconds=120)
     assert set(found.allowed) == {16}
+
+
+@pytest.mark.parametrize("share", [0.22, 0.3])
+def test_more_429s_by_chance_than_a_fifth_starve_nothing(quick_path: Path, share: float) -> None:
+    found = course(quick_path, Provider(Chance(share), lognormal(1.0)), concurrency=8, seconds=1800, rows=1000)
+    assert (found.lost, found.stop) == (0, None)
+    assert len([how for _, how in found.events if how == "ok"]) == 1000
+
+
+@pytest.mark.parametrize(("opened", "period"), [(50.0, 60.0), (60.0, 600.0)])
+@pytest.mark.parametrize("tells", [False, True])
+def test_a_provider_that_is_closed_at_times_is_used_while_it_is_open(
+    quick_path: Path, opened: float, period: float, tells: bool
+) -> None:
+    provider = Provider(Doors(opened, period), lognormal(1.0), tells=tells)
+    found = course(quick_path, provider, concurrency=8, seconds=3600)
+    assert (found.lost, found.stop) == (0, None)
+    assert found.rate(since=1800) > 0.6 * 8 * opened / period
 
 
 def test_it_recovers_when_a_limit_is_lifted(quick_path: Path) -> None:

@@ -24,6 +24,7 @@ from batchrun.runner import Runner
 from batchrun.usage import Usage
 
 from .conftest import FakeProvider, Workspace
+from .test_hostile import script
 from .virtual import VirtualLoop
 
 Provide = Callable[..., FakeProvider]
@@ -180,6 +181,18 @@ def test_an_answer_that_is_there_stays_where_a_lower_rate_would_not_ask_for_it(
     assert (result.code, result.json["ok"], result.json["failed"], result.json["unplaced"]) == (4, 2, 1, 0)
     assert [row["status"] for row in work.rows()] == ["ok", "ok", "pending", "failed"]
     assert result.json["usd_spent"] == provider.bill
+    assert work.batchrun("verify", "job.yaml").code == 0
+
+
+def test_what_was_refused_before_fails_once(work: Workspace, provide: Provide) -> None:
+    provider = provide(refuse_after=3)
+    work.write_rows([script(fail=[400]) + " long" * 4000, "long " * 4000, "short", "b", "c"])
+    work.write_job(provider.base_url, concurrency=1)
+    assert work.run().code == 4
+    work.write_job(provider.base_url, concurrency=1, tokens_per_minute=3000)
+    for options in ((), ("--retry-failed",)):
+        result = work.run("--json", *options)
+        assert (result.code, result.json["ok"], result.json["failed"]) == (4, 2, 1), result.stderr
     assert work.batchrun("verify", "job.yaml").code == 0
 
 
