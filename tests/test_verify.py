@@ -220,7 +220,8 @@ def test_verify_changes_nothing_and_needs_a_ledger(done: Workspace) -> None:
 def test_a_ledger_of_the_first_version_is_brought_up_to_date(done: Workspace) -> None:
     manifest = done.manifest()
     alter_all = [
-        "DROP VIEW charged", "DROP TABLE reused", "DROP TABLE repair_wanted", "DROP TABLE correction", "DROP TABLE amendment", "DROP TABLE price_list",
+        "DROP VIEW charged",
+        *(f"DROP TABLE {name}" for name in ("reused", "repair_wanted", "correction", "amendment", "price_list")),
         *(f"ALTER TABLE attempt DROP COLUMN {name}"
           for name in ("request_bytes", "reserved_pico", "seal", "held_pico", "settled_after", "repair",
                        "repair_key")),
