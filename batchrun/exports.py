@@ -16,7 +16,7 @@ from uuid import UUID
 import pyarrow as pa
 
 from batchrun.errors import JobError, StorageError, listed
-from batchrun.folders import sync_folder
+from batchrun.folders import appearing
 from batchrun.sink import write_parquet
 
 ENDINGS = (".csv", ".jsonl", ".parquet")
@@ -52,21 +52,13 @@ def write_table(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]
 
 
 def _write_text(path: Path, batches: Iterable[pa.RecordBatch], writer_of: Callable[[IO[str]], Any]) -> None:
-    beside = path.with_name(f".{path.name}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with beside.open("w", encoding="utf-8", newline="") as fp:
-                writer = writer_of(fp)
-                for batch in batches:
-                    writer.write(batch)
-                fp.flush()
-                os.fsync(fp.fileno())
-            beside.replace(path)
-        except BaseException:
-            beside.unlink(missing_ok=True)
-            raise
-        sync_folder(path.parent)
+        with appearing(path) as beside, beside.open("w", encoding="utf-8", newline="") as fp:
+            writer = writer_of(fp)
+            for batch in batches:
+                writer.write(batch)
+            fp.flush()
+            os.fsync(fp.fileno())
     except OSError as exc:
         raise StorageError(f"{path} cannot be written: {exc.strerror or exc}") from exc
 

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from batchrun.documents import parse_json
 from batchrun.errors import JobError, StorageError
-from batchrun.folders import sync_folder
+from batchrun.folders import appearing
 
 _GROUP_ROWS = 65_536
 _GROUP_BYTES = 32 * 1024 * 1024
@@ -31,19 +31,11 @@ def write_parquet(
     Raises:
         StorageError: it cannot be written; what stood at `path` before is untouched.
     """
-    beside = path.with_name(f".{path.name}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with beside.open("wb") as fp:
-                _write(fp, schema, batches, manifest)
-                fp.flush()
-                os.fsync(fp.fileno())
-            beside.replace(path)
-        except BaseException:
-            beside.unlink(missing_ok=True)
-            raise
-        sync_folder(path.parent)
+        with appearing(path) as beside, beside.open("wb") as fp:
+            _write(fp, schema, batches, manifest)
+            fp.flush()
+            os.fsync(fp.fileno())
     except (OSError, pa.ArrowException) as exc:
         raise StorageError(f"the output {path} cannot be written: {exc}; `batchrun export` writes it again") from exc
 
