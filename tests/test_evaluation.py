@@ -168,7 +168,8 @@ def test_labels_are_exported_to_a_file_of_their_own(work: Workspace, provide: Pr
     read = {"csv": pd.read_csv, "jsonl": lambda name: pd.read_json(name, lines=True), "parquet": pd.read_parquet}[
         ending
     ]
-    frame = read(path)
+    with path.open("rb") as fp:
+        frame = read(fp)
     assert list(frame.columns) == ["id", "label", "flags", "usd_spent"]
     assert list(frame["id"]) == ["r,1", "r2", "rö"]
     assert list(frame["label"].astype(object).fillna("none")) == ["positive", "none", "negative"]
