@@ -556,7 +556,7 @@ def test_no_answer_takes_long(structure: Structure, answer: str) -> None:
     began = time.process_time()
     parsed = structure.parse(answer)
     structure.arrays([parsed])
-    assert time.process_time() - began < 2
+    assert time.process_time() - began < 5
     assert len(parsed.error or "") <= 200
 
 
