@@ -27,6 +27,8 @@ class NotRenderedError(Exception):
     """This row gives no request; the message says why. The row fails, and costs nothing."""
 
 
+_NO_JSON = (ValueError, TypeError, RecursionError, MemoryError)
+"""What is raised for what JSON cannot carry."""
 _Renderer = Callable[[Mapping[str, Any]], Any]
 
 
@@ -69,7 +71,7 @@ class _Requests:
             canonical = self._canonical.json(values).encode() if keyed else b""
         except UnicodeEncodeError:
             raise NotRenderedError("the prompt has half of a surrogate pair, which no UTF-8 can carry") from None
-        except (ValueError, TypeError, RecursionError, MemoryError) as exc:
+        except _NO_JSON as exc:
             raise NotRenderedError(f"a parameter cannot be sent as JSON: {exc}") from None
         shape = self._shape or _shape_of(filled(self._body, values))
         key = f"b2:{blake2b(canonical, digest_size=16).hexdigest()}" if keyed else ""
@@ -174,7 +176,7 @@ class Template:
         body = request_body(self._model, messages, self._parameters, system=self._endpoint.system)
         try:
             return _Requests(body, self._endpoint, self._stream)
-        except (ValueError, TypeError, RecursionError, MemoryError) as exc:
+        except _NO_JSON as exc:
             raise NotRenderedError(f"it cannot be sent as JSON: {exc}") from None
 
     def _conversation(self, row: Mapping[str, Any], values: Sequence[Any]) -> list[dict[str, Any]]:

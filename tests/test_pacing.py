@@ -183,7 +183,7 @@ def test_two_signals_at_once_are_no_bug(tmp_path: Path) -> None:
     run = ledger.current_run()
     ledger.begin_invocation(run, job={}, endpoint="e")
     requests = [Request(Slot(index, "m"), f"k{index}", b"") for index in range(2)]
-    ledger.place(run, [Asked(len(requests), requests)], dict)
+    ledger.place(run, [Asked(len(requests), [(request.slot, request.key) for request in requests])], dict)
 
     class Never:
         async def send(self, intent: Intent) -> Exchange:
