@@ -52,7 +52,6 @@ from batchrun.records import (
     Intent,
     Request,
     Reservation,
-    RowFault,
     Settlement,
     Slot,
     now_us,
@@ -286,8 +285,7 @@ class Ledger(LedgerView):
                 faults = [(run.run, *fault.slot, fault.error) for fault in some.faults]
                 self._db.executemany("INSERT INTO row_fault VALUES (?, ?, ?, ?, ?)", faults)
                 if needs_keys:
-                    items: list[Request | RowFault] = [*some.requests, *some.faults]
-                    keys = [(*item.slot, item.key) for item in items if item.key is not None]
+                    keys = [(*slot, key) for slot, key in some.keys]
                     self._db.executemany("INSERT INTO temp.asked VALUES (?, ?, ?, ?)", keys)
             self._db.execute("DELETE FROM moved WHERE run = ?", (run.run,))
             self._db.execute("DELETE FROM reused WHERE run = ?", (run.run,))

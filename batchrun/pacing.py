@@ -4,7 +4,8 @@ A single 429 holds its own row only. It is a limit once more than a fifth are re
 is a wall: all rows wait for the time that the provider names, then one at a time asks until one is answered. What was
 taken since the last wall, a second, is what was borne. From there on two bounds hold, a rate and a number of places,
 since a provider may limit either. They grow in turns, and a refusal cuts the one that grew; then both rest until only
-the sought share of requests is refused. Above the job's own bound the limit is forgotten.
+the sought share of requests is refused. A cut that makes no smaller a share be refused met chance, and is taken back.
+Above the job's own bound the limit is forgotten.
 """
 
 from __future__ import annotations
@@ -39,6 +40,10 @@ _APART = 2.0
 """Times that one bound may be the other, where only the other is the provider's."""
 _FRUITLESS = 0.25
 """If some refusals go on below this part of what was borne, it is chance that refuses."""
+_CLOSED = 5
+"""Times a latency that a wall lasts, from which on the provider was closed: that says nothing about a rate."""
+_DEEP = 0.75
+"""What a cut leaves at most, for its effect to be told from none."""
 _NO_HELP = 1.4
 """A cut that makes fewer be taken, up to so many times as few as it makes be sent, was no help."""
 _MOST_CHANCE = 0.45
@@ -193,9 +198,6 @@ class Pacing:
                 self._borne is not None and sent_at >= self._since and (self._waiters or self.in_flight >= self.allowed)
             ):
                 self._grow(now)
-        elif self._is_wall and sent_at >= self._since:
-            # Refused for its own sake: it was taken all the same.
-            self._resume(now)
 
     def _meet_wall(self, now: float, retry_after: float | None) -> None:
         if not self._is_wall:
@@ -209,11 +211,11 @@ class Pacing:
     def _resume(self, now: float) -> None:
         before = min(*self._bounds, self._most / self._latency)
         # What is still under way was taken: refusals have come by now.
-        rate = (self._taken + self.in_flight) / max(
-            min(now - self._wall_ended, self._met - self._wall_ended + 5 * self._latency), self._latency
-        )
-        if self._taken >= _TELLING and self._was_no_help(rate):
-            self._take_for_chance(self._cut[0] if self._cut is not None else before)
+        seconds = min(now, self._met + _CLOSED * self._latency) - self._wall_ended
+        rate = (self._taken + self.in_flight) / max(seconds, self._latency)
+        uncut = self._uncut(rate) if self._taken >= _TELLING else None
+        if uncut is not None:
+            self._take_for_chance(uncut)
         else:
             self._borne = self._top = max(_LEAST, min(before, max(rate, before * _DEEPEST_CUT)))
             self._cut = before, rate, self._borne
@@ -229,12 +231,14 @@ class Pacing:
             self._timer = None
         self._wake()
 
-    def _was_no_help(self, rate: float) -> bool:
-        """True if the latest wall's cut made as many fewer be taken as be sent: then it is no number that refuses."""
+    def _uncut(self, rate: float) -> float | None:
+        """The bound before the latest wall's cut, if that made as many fewer be taken as be sent: it is no number then
+        that refuses. None if it was of help.
+        """
         if self._cut is None:
-            return False
+            return None
         before, taken, after = self._cut
-        return after < 0.75 * before and rate < _NO_HELP * taken * after / before
+        return before if after < _DEEP * before and rate < _NO_HELP * taken * after / before else None
 
     def _take_for_chance(self, bound: float) -> None:
         """Go back to a bound, and look for more refusals than there are."""
@@ -265,7 +269,7 @@ class Pacing:
         if bound > _APART * self._bounds[1 - self._turn]:
             self._turn = 1 - self._turn
         if min(self._bounds) * self._latency > _ROOM * self._most:
-            self._bounds, self._borne = [inf, inf], None
+            self._bounds, self._borne, self._cut = [inf, inf], None, None
             self._seek_proof()
         self._wake()
 

@@ -186,7 +186,7 @@ class Plan:
         """What the input asks for, batch by batch, in order.
 
         Args:
-            keyed: False leaves the requests out: what they are is of no interest, but only whether there are any.
+            keyed: False leaves the keys out: only whether there are requests is of interest.
 
         Raises:
             JobError: the column `input.id` holds a value twice.
@@ -213,13 +213,13 @@ class Plan:
 
     def _looked_at(self, batch: Batch, *, keyed: bool) -> Asked:
         """What rows ask for, one by one."""
-        requests, faults = [], []
+        keys, faults = [], []
         for request in self._requests_of(batch, keyed=keyed):
             if isinstance(request, RowFault):
                 faults.append(request)
-            elif keyed:
-                requests.append(request._replace(body=b""))
-        return Asked(batch.rows.num_rows, requests, faults)
+            if keyed and request.key is not None:
+                keys.append((request.slot, request.key))
+        return Asked(batch.rows.num_rows, keys, faults)
 
     def _requests_of(self, batch: Batch, *, keyed: bool) -> Iterator[Request | RowFault]:
         for row_index, row in enumerate(_plain_rows(batch, self.columns), batch.start):

@@ -220,8 +220,8 @@ class Asked(NamedTuple):
     """What some consecutive rows of the input ask for."""
 
     rows: int
-    requests: Sequence[Request] = ()
-    """Those of all slots but the faulty, without their bodies; none where their keys are not needed."""
+    keys: Sequence[tuple[Slot, str]] = ()
+    """Of the slots that have a request; none where they are not needed."""
     faults: Sequence[RowFault] = ()
 
 

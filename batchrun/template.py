@@ -28,6 +28,8 @@ class NotRenderedError(Exception):
     """This row gives no request; the message says why. The row fails, and costs nothing."""
 
 
+_NO_JSON = (ValueError, TypeError, RecursionError, MemoryError)
+"""What is raised for what JSON cannot carry."""
 _Renderer = Callable[[Mapping[str, Any]], Any]
 
 
@@ -70,7 +72,7 @@ class _Requests:
             canonical = self._canonical.json(values).encode() if keyed else b""
         except UnicodeEncodeError:
             raise NotRenderedError("the prompt has half of a surrogate pair, which no UTF-8 can carry") from None
-        except (ValueError, TypeError, RecursionError, MemoryError) as exc:
+        except _NO_JSON as exc:
             raise NotRenderedError(f"a parameter cannot be sent as JSON: {exc}") from None
         shape = self._shape or _shape_of(filled(self._body, values))
         return Request(slot, _key(canonical) if keyed else "", wire, 0, *shape)
@@ -206,7 +208,7 @@ class Template:
         body = request_body(self.model, messages, self._parameters, system=self._endpoint.system)
         try:
             return _Requests(body, self._endpoint, self._stream)
-        except (ValueError, TypeError, RecursionError, MemoryError) as exc:
+        except _NO_JSON as exc:
             raise NotRenderedError(f"it cannot be sent as JSON: {exc}") from None
 
     def _conversation(self, row: Mapping[str, Any], values: Sequence[Any]) -> list[dict[str, Any]]:

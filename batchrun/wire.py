@@ -286,8 +286,7 @@ class AnswerReader:
                 if event.name == "error":
                     self._merged.fail(failure_of({"message": data}, self._headers))
                 continue  # a keep-alive in plain words, or a chunk that the end of the stream has cut
-            if not isinstance(document, dict):
-                document = unwrapped(document)
+            document = unwrapped(document)
             if isinstance(document, dict):
                 if event.name == "error" and not isinstance(document.get("choices"), list):
                     self._merged.fail(failure_of(document, self._headers))

@@ -85,7 +85,7 @@ def storm(seed: int, folder: Path, rows: int) -> None:
         ledger = Ledger.open(folder / "l.sqlite", job_name="j", job_path=folder / "j.yaml", is_durable=True)
         run = ledger.current_run()
         ledger.begin_invocation(run, job={}, endpoint="e")
-        ledger.place(run, [Asked(len(requests), requests)], dict)
+        ledger.place(run, [Asked(len(requests), [(request.slot, request.key) for request in requests])], dict)
         budget = Budget({"m": PRICING}, cap=cap, held=accounts.held(ledger, run, 0).pico)
         stop = _invoke(ledger, run, provider, requests, budget)
         assert stop is not None

@@ -41,6 +41,64 @@ def test_a_few_rate_limits_cut_nothing() -> None:
     assert pacing.allowed == 32
 
 
+def walled(concurrency: int = 10) -> tuple[Clock, Pacing]:
+    """A controller that was refused everything, and whose requests may probe now."""
+    clock = Clock()
+    pacing = Pacing(concurrency, clock)
+    answers(pacing, clock, 60, ok=False)
+    clock.now += 1
+    return clock, pacing
+
+
+@pytest.mark.parametrize("is_server_error", [False, True])
+def test_what_fails_behind_a_wall_is_no_answer(is_server_error: bool) -> None:
+    clock, pacing = walled()
+    # Nothing was ever answered, so that no latency is known: a broken connection, or a row that is refused.
+    pacing.note(sent_at=clock.now, is_ok=False, is_rate_limit=False, is_server_error=is_server_error)
+    assert pacing._is_wall
+    sent_at = clock.now
+    clock.now += 1
+    pacing.note(sent_at=sent_at, is_ok=True, is_rate_limit=False)
+    assert not pacing._is_wall
+    assert 1 <= pacing.allowed < 10
+
+
+def test_where_nothing_is_taken_the_pauses_double() -> None:
+    clock, pacing = walled()
+    pauses = []
+    for _ in range(6):
+        clock.now = max(clock.now, pacing._next)
+        began = clock.now
+        pacing.note(sent_at=began, is_ok=False, is_rate_limit=True)
+        pauses.append(pacing._next - began)
+    assert sorted(pauses) == pauses
+    assert pauses[-3:] == [16, 16, 16]
+
+
+def test_an_idle_bound_does_not_grow_and_a_5xx_pauses_growth() -> None:
+    clock, pacing = walled()
+    sent_at, clock.now = clock.now, clock.now + 1
+    pacing.note(sent_at=sent_at, is_ok=True, is_rate_limit=False)
+    cut = list(pacing._bounds)
+
+    def answered(number: int, *, troubled: bool = False) -> None:
+        for _ in range(number):
+            sent_at, clock.now = clock.now, clock.now + 1
+            if troubled:
+                pacing.note(sent_at=clock.now - 0.1, is_ok=False, is_rate_limit=False, is_server_error=True)
+            pacing.note(sent_at=sent_at, is_ok=True, is_rate_limit=False)
+
+    answered(300)
+    assert pacing._bounds == cut
+    pacing.in_flight = 10
+    answered(300, troubled=True)
+    assert pacing._bounds == cut
+    clock.now += 1
+    answered(600)
+    assert pacing.allowed == 10
+    assert pacing._borne is None
+
+
 def failed(kind: str, action: Action, retry_after: float | None = None, message: str = "x") -> Exchange:
     return Exchange("failed", failure=Failure(kind, action, message, retry_after=retry_after))
 
@@ -125,7 +183,7 @@ def test_two_signals_at_once_are_no_bug(tmp_path: Path) -> None:
     run = ledger.current_run()
     ledger.begin_invocation(run, job={}, endpoint="e")
     requests = [Request(Slot(index, "m"), f"k{index}", b"") for index in range(2)]
-    ledger.place(run, [Asked(len(requests), requests)], dict)
+    ledger.place(run, [Asked(len(requests), [(request.slot, request.key) for request in requests])], dict)
 
     class Never:
         async def send(self, intent: Intent) -> Exchange:

@@ -74,7 +74,7 @@ def play(
         Request(Slot(index, "m"), f"k{index}", b"x" * size, most_completion_tokens=200)
         for index, size in enumerate(sizes)
     ]
-    ledger.place(run, [Asked(len(requests), requests)], dict)
+    ledger.place(run, [Asked(len(requests), [(request.slot, request.key) for request in requests])], dict)
     loop = VirtualLoop()
 
     async def drive() -> None:

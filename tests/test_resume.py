@@ -214,7 +214,7 @@ def test_another_jobs_ledger_is_refused_and_adopted(work: Workspace, provide: Pr
 
 
 def _asked(keys: list[str]) -> list[Asked]:
-    return [Asked(len(keys), [Request(Slot(index, "m"), key, b"") for index, key in enumerate(keys)])]
+    return [Asked(len(keys), [(Slot(index, "m"), key) for index, key in enumerate(keys)])]
 
 
 @settings(max_examples=60)
