@@ -42,12 +42,13 @@ class Fetcher:
     def __init__(self, base_url: str, headers: Mapping[str, str], *, seconds: float, most_bytes: int) -> None:
         self._seconds = seconds
         self._most_bytes = most_bytes
+        proxy = proxy_for(base_url)
         self._client = httpx.AsyncClient(
             timeout=None,
             headers={**headers, "Accept-Encoding": "gzip"},
             trust_env=False,
-            proxy=proxy_for(base_url),
-            verify=tls_context(),
+            proxy=proxy,
+            verify=tls_context(base_url, proxy),
         )
         self._runner = asyncio.Runner()
 
@@ -83,12 +84,14 @@ class Fetcher:
             raise FetchError(f"{type(exc).__name__}: {exc}") from exc
 
 
-def tls_context() -> ssl.SSLContext:
-    """What this machine trusts, as `SSL_CERT_FILE` and `SSL_CERT_DIR` say.
+def tls_context(*urls: str | None) -> ssl.SSLContext:
+    """What this machine trusts, as `SSL_CERT_FILE` and `SSL_CERT_DIR` say; nobody, if none of the URLs asks for TLS.
 
     Raises:
         MissingHereError: it cannot be read.
     """
+    if not any(url and url.lower().startswith("https:") for url in urls):
+        return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     try:
         return httpx.create_ssl_context()
     except (OSError, ssl.SSLError) as exc:

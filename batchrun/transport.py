@@ -37,11 +37,10 @@ class Transport(httpx.AsyncBaseTransport):
     def __init__(self, base_url: str, *, concurrency: int, connect_seconds: float) -> None:
         proxy = proxy_for(base_url)
         self._proxy = URL(proxy) if proxy else None
-        is_encrypted = any(url.lower().startswith("https:") for url in (base_url, proxy or ""))
         self._urls: tuple[httpx.URL, URL] | None = None
         self._session = aiohttp.ClientSession(
             connector=_Connector(
-                limit=concurrency, keepalive_timeout=_KEEPALIVE_SECONDS, ssl=tls_context() if is_encrypted else True
+                limit=concurrency, keepalive_timeout=_KEEPALIVE_SECONDS, ssl=tls_context(base_url, proxy)
             ),
             cookie_jar=aiohttp.DummyCookieJar(),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=connect_seconds),

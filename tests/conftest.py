@@ -32,6 +32,9 @@ settings.load_profile("batchrun")
 
 KEY = "sk-test-4711-secret"
 
+# Each of the many processes that the tests start would compile anew whatever it imports.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 
 @dataclass
 class FakeProvider:

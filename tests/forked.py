@@ -89,7 +89,8 @@ class Forks:
 
 
 def _serve() -> None:
-    # What a run imports, as far as it holds no thread and no open file.
+    # What a run imports, as far as it holds no thread and no open file; also what it imports late.
+
     import batchrun.chat
     import batchrun.cli
     import batchrun.invocation
