@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 
-from batchrun.errors import ExitCode
-from batchrun.runner import Stop
+from batchrun.errors import ExitCode, Stop
 
 _LAST, _ENOUGH = 100, 50
 """Rows that are looked at, and from how many on they say something."""

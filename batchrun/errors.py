@@ -16,6 +16,7 @@ A failure of one row is not an exception: it is a `records.Failure`, a value who
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import IntEnum, StrEnum
 from pathlib import Path
 
@@ -86,6 +87,17 @@ class StorageError(BatchrunError):
     """The ledger or the output cannot be read or written; sending has stopped."""
 
     exit_code = ExitCode.STORAGE
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Why a run stopped before its rows were all settled."""
+
+    exit_code: ExitCode
+    reason: str
+    message: str
+    is_immediate: bool = False
+    """A second signal: nothing is awaited, not even the writing of the output."""
 
 
 class Promise(StrEnum):

@@ -17,7 +17,7 @@ from batchrun.breaker import ErrorRate
 from batchrun.budget import Budget
 from batchrun.delivery import EarlyOutput, summarise, with_derived, write_output
 from batchrun.derive import shift
-from batchrun.errors import BatchrunError, BrokenPromiseError, ExitCode, JobError, Promise, StorageError
+from batchrun.errors import BatchrunError, BrokenPromiseError, ExitCode, JobError, Promise, Stop, StorageError
 from batchrun.job import Job
 from batchrun.ledger import Ledger
 from batchrun.ledger_view import Run, known_input
@@ -28,7 +28,7 @@ from batchrun.progress import Progress
 from batchrun.projection import Projection, project
 from batchrun.rates import Rates
 from batchrun.records import Request
-from batchrun.runner import ASKED_AGAIN, NO_ROOM, Runner, Stop
+from batchrun.runner import ASKED_AGAIN, NO_ROOM, Runner
 from batchrun.sink import check_writable
 from batchrun.spending import cap_reached, check_cap, open_budget, pricings_of, rows_left
 from batchrun.summary import Summary

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import heapq
 import itertools
-import re
 import traceback
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
@@ -19,10 +18,12 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 from batchrun.budget import Budget
-from batchrun.errors import BatchrunError, BrokenPromiseError, ExitCode, InputError, Promise, StorageError
+from batchrun.errors import BatchrunError, BrokenPromiseError, ExitCode, InputError, Promise, Stop
+from batchrun.health import Health
+from batchrun.journal import Journal
 from batchrun.ledger import Ledger
 from batchrun.ledger_view import Run
-from batchrun.money import NOT_BILLED, from_pico, usd_text
+from batchrun.money import from_pico, usd_text
 from batchrun.pacing import Pacing
 from batchrun.rates import Rates
 from batchrun.records import (
@@ -35,7 +36,6 @@ from batchrun.records import (
     Reservation,
     Review,
     Settlement,
-    Slot,
     now_us,
 )
 
@@ -48,17 +48,13 @@ _AT_ONCE = 32
 _SYNC_SECONDS = 1.0
 _DURABLE_GAP = 0.01
 """Seconds between commits that each wait for the disk."""
-_FIRST = 20
-"""Attempts or rows that must not all fail alike at the start of a run."""
 _WALLS = 3
 """Rows that are told to wait for longer than they may, without an answer between; or times that a lone row is."""
 _WALL_PAUSE = 1.0
-_SHORTEST_OUTAGE = 60.0
 _CANARY_LOOK = 0.05
 """Seconds after which a worker looks again whether the first rows are settled."""
 _LAST_TRIES = 3
 """Each makes more room on a full disk than the one before."""
-_ROWS_OWN = ("bad_request", "not_found", "forbidden", "redirect", "malformed", "timeout", "disconnect")
 
 
 class Breaker(Protocol):
@@ -76,17 +72,6 @@ class Sender(Protocol):
 
     async def send(self, intent: Intent) -> Exchange:
         """Send one request and return what became of it."""
-
-
-@dataclass(frozen=True)
-class Stop:
-    """Why a run stopped before its rows were all settled."""
-
-    exit_code: ExitCode
-    reason: str
-    message: str
-    is_immediate: bool = False
-    """A second signal: nothing is awaited, not even the writing of the output."""
 
 
 ASKED_AGAIN = "asked_again"
@@ -155,8 +140,8 @@ class Runner:
         self._max_attempts = max_attempts
         self._max_seconds = max_seconds
         self._pacing = Pacing(concurrency, clock, longest_pause=max_seconds)
-        self._journal = _Journal(ledger, run, self._fail, gap=_DURABLE_GAP if budget.is_durable else 0.0)
-        self._health = _Health(max_attempts, max_seconds, clock())
+        self._journal = Journal(ledger, run, self._fail, gap=_DURABLE_GAP if budget.is_durable else 0.0)
+        self._health = Health(max_attempts, max_seconds, clock())
         self._turn = asyncio.Lock()
         self._models = models
         self._review = review
@@ -452,9 +437,6 @@ _RANK = {
 
 _SIGNALLED = (ExitCode.INTERRUPTED, ExitCode.TERMINATED)
 _INTERRUPTED = "interrupted before an answer came"
-_NEVER_SENT = Exchange(
-    "failed", failure=Failure("interrupted", Action.RETRY, "interrupted before it was sent"), cost=NOT_BILLED
-)
 
 
 def _overcharged(intent: Intent, exchange: Exchange, factor: Decimal | None) -> Stop:
@@ -480,136 +462,3 @@ def _unavailable(failure: Failure) -> Stop:
         "unavailable",
         f"the provider cannot be asked now: {failure}{wait}; run again later",
     )
-
-
-class _Journal:
-    """Group commit: what arrives and what goes next in one turn of the event loop is one transaction."""
-
-    def __init__(self, ledger: Ledger, run: Run, on_error: Callable[[Exception], None], gap: float) -> None:
-        self._gap = gap
-        self._last = -gap
-        self._ledger = ledger
-        self._run = run
-        self._on_error = on_error
-        self._settlements: list[Settlement] = []
-        self._intents: list[tuple[Intent, asyncio.Future[None]]] = []
-        self._is_scheduled = False
-
-    def settle(self, settlement: Settlement) -> None:
-        """Record an answer with the next commit."""
-        self._settlements.append(settlement)
-        self._schedule()
-
-    async def intend(self, intent: Intent) -> None:
-        """Return once the intent is committed, so that it can be sent."""
-        committed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        entry = (intent, committed)
-        self._intents.append(entry)
-        self._schedule()
-        try:
-            await committed
-        except asyncio.CancelledError:
-            if entry in self._intents:
-                self._intents.remove(entry)
-            else:
-                after = self._ledger.newest_attempt
-                self.settle(Settlement(intent, _NEVER_SENT, now_us(), is_final=False, settled_after=after))
-            raise
-
-    def flush(self) -> None:
-        """Commit now. After a failure the answers are kept, to be tried again by the next flush."""
-        self._is_scheduled = False
-        settlements, intents = self._settlements, self._intents
-        self._intents = []
-        try:
-            if settlements or intents:
-                self._ledger.commit(self._run, settlements, [intent for intent, _ in intents])
-        except Exception as exc:
-            if isinstance(exc, StorageError):
-                self._ledger.make_room()
-            for _, committed in intents:
-                if not committed.done():
-                    committed.set_exception(exc)
-            raise
-        self._settlements = []
-        for _, committed in intents:
-            if not committed.done():
-                committed.set_result(None)
-
-    def _schedule(self) -> None:
-        if not self._is_scheduled:
-            self._is_scheduled = True
-            loop = asyncio.get_running_loop()
-            if (wait := self._last + self._gap - loop.time()) > 0:
-                loop.call_later(wait, self._flush_in_turn)
-            else:
-                loop.call_soon(self._flush_in_turn)
-
-    def _flush_in_turn(self) -> None:
-        self._last = asyncio.get_running_loop().time()
-        try:
-            self.flush()
-        except Exception as exc:  # noqa: BLE001 - nobody may be waiting for this turn; it must not pass in silence
-            # The answers are kept, and tried once more at the end.
-            self._on_error(exc)
-
-
-class _Health:
-    """Tells an outage or a job that cannot work from rows that fail each for itself."""
-
-    def __init__(self, max_attempts: int, max_seconds: float, now: float) -> None:
-        self._max_attempts = max_attempts
-        self._max_seconds = max_seconds
-        self._last_success = now
-        self._failed_since = 0
-        self._walls: set[Slot] = set()
-        self._refused_in_a_row = 0
-        self._attempts = 0
-        self._only_unreachable = True
-        self._rejected: dict[str, set[str]] = {}
-        """The words in which each model has refused rows; the empty ones for a row that it has not."""
-        self._settled_rows: dict[str, int] = {}
-
-    def note(self, model: str, exchange: Exchange, now: float, tries: int) -> Stop | None:
-        """Take an exchange; a Stop if the provider seems to be gone. `tries`: of this row, in this invocation."""
-        self._attempts += 1
-        failure = exchange.failure
-        if failure is None or (failure.action is Action.REJECT and failure.kind in _ROWS_OWN):
-            # An answer, or a refusal of this very row: the provider is there.
-            if failure is None:
-                self._rejected.setdefault(model, set()).add("")
-            self._settled_rows[model] = self._settled_rows.get(model, 0) + 1
-            self._last_success, self._failed_since, self._only_unreachable = now, 0, False
-            self._walls.clear()
-            self._refused_in_a_row = 0
-            return None
-        self._failed_since += 1
-        self._refused_in_a_row = self._refused_in_a_row + 1 if failure.action is Action.REJECT else 0
-        if self._refused_in_a_row >= _FIRST:
-            # A server in trouble that forbids retries would use up row after row.
-            return Stop(ExitCode.PROVIDER, "outage", f"{_FIRST} rows in a row: {failure}; run again later")
-        self._only_unreachable = self._only_unreachable and failure.kind == "connect"
-        if self._only_unreachable and (self._attempts >= _FIRST or tries >= self._max_attempts):
-            return Stop(ExitCode.PROVIDER, "unreachable", f"the provider cannot be reached: {failure.message}")
-        silence = now - self._last_success
-        if self._failed_since > 1 and silence >= max(self._max_seconds, _SHORTEST_OUTAGE):
-            return Stop(ExitCode.PROVIDER, "outage", f"no answer for {silence:.0f} s: {failure}; run again later")
-        return None
-
-    def note_wall(self, request: Request) -> int:
-        """Take a row that may not wait for as long as it is told; how many such rows there were since an answer."""
-        self._walls.add(request.slot)
-        return len(self._walls)
-
-    def has_answered_since(self, moment: float | None) -> bool:
-        """True if any row was answered or refused after a moment by the clock."""
-        return moment is not None and self._last_success > moment
-
-    def note_rejected(self, model: str, failure: Failure) -> Stop | None:
-        """Take a refused row; a Stop if the first rows of its model were all refused in the same words."""
-        settled, words = self._settled_rows.get(model, 0), self._rejected.setdefault(model, set())
-        if settled <= _FIRST:
-            words.add(re.sub(r"\d+", "#", f"{failure.kind} {failure.message}"))
-        if settled == _FIRST and len(words) == 1:
-            return Stop(ExitCode.PROVIDER, "refused", f"the first {_FIRST} rows of {model} were all refused: {failure}")
-        return None

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Protocol
 
 from batchrun.budget import Budget
+from batchrun.errors import Stop
 from batchrun.ledger import Ledger
 from batchrun.prices import Pricing
 from batchrun.rates import Rates
 from batchrun.records import Action, Answer, Exchange, Failure, Intent, Request, Settlement, Slot
-from batchrun.runner import Runner, Stop
+from batchrun.runner import Runner
 
 from .virtual import VirtualLoop
 

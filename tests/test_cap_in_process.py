@@ -15,7 +15,7 @@ import pytest
 from batchrun import accounts
 from batchrun.budget import Budget, Cap
 from batchrun.chat import ChatSender
-from batchrun.errors import ExitCode
+from batchrun.errors import ExitCode, Stop
 from batchrun.ledger import Ledger
 from batchrun.ledger_view import Run
 from batchrun.money import from_pico, to_pico
@@ -23,7 +23,7 @@ from batchrun.prices import Price, Pricing
 from batchrun.providers import resolve
 from batchrun.rates import Rates
 from batchrun.records import Asked, Request, Slot
-from batchrun.runner import Runner, Stop
+from batchrun.runner import Runner
 
 from .virtual import VirtualLoop
 

@@ -9,14 +9,15 @@ import pytest
 
 from batchrun.accounts import totals
 from batchrun.budget import Budget
-from batchrun.errors import ExitCode
+from batchrun.errors import ExitCode, Stop
+from batchrun.health import Health
 from batchrun.ledger import Ledger
 from batchrun.pacing import Pacing
 from batchrun.prices import Pricing
 from batchrun.rates import Rates
 from batchrun.records import Action, Answer, Asked, Exchange, Failure, Intent, Request, Slot
 from batchrun.retry import Retries
-from batchrun.runner import Runner, Stop, _Health
+from batchrun.runner import Runner
 
 
 class Clock:
@@ -124,7 +125,7 @@ def test_retries_are_bounded_in_attempts_and_time_and_heed_the_provider() -> Non
 
 
 def test_an_outage_is_told_from_rows_that_fail_each_for_itself() -> None:
-    health = _Health(6, 900, 0.0)
+    health = Health(6, 900, 0.0)
     for moment in range(0, 890, 10):
         assert health.note("m", failed("server", Action.RETRY), moment, 1) is None
     assert health.note("m", OK, 891, 1) is None
@@ -135,12 +136,12 @@ def test_an_outage_is_told_from_rows_that_fail_each_for_itself() -> None:
 
 
 def test_a_server_that_was_never_reached_stops_the_run_early() -> None:
-    health = _Health(6, 900, 0.0)
+    health = Health(6, 900, 0.0)
     stops = [health.note("m", failed("connect", Action.RETRY), 1, 1) for _ in range(20)]
     assert stops[:19] == [None] * 19
     assert stops[19] is not None
     assert stops[19].reason == "unreachable"
-    one_row = _Health(3, 900, 0.0)
+    one_row = Health(3, 900, 0.0)
     assert [one_row.note("m", failed("connect", Action.RETRY), 1, tries) is None for tries in (1, 2, 3)] == [
         True, True, False,
     ]  # fmt: skip
@@ -148,7 +149,7 @@ def test_a_server_that_was_never_reached_stops_the_run_early() -> None:
 
 def test_the_first_rows_refused_in_the_same_words_stop_the_run() -> None:
     def stopped(messages: list[str]) -> bool:
-        health = _Health(6, 900, 0.0)
+        health = Health(6, 900, 0.0)
         stop = None
         for number, message in enumerate(messages):
             exchange = failed("not_found", Action.REJECT, message=message)
