@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from decimal import Decimal
 from typing import Any, NamedTuple
 
-from batchrun.ledger_view import NO_ROW, LedgerView, Run, everywhere, seconds
+from batchrun.ledger_view import LedgerView, Run, everywhere, seconds
 from batchrun.money import DERIVED, REPORTED, from_pico
 from batchrun.records import Totals
 from batchrun.usage import Usage
@@ -289,13 +289,11 @@ def totals(ledger: LedgerView, run: Run) -> Totals:
     (unknown,) = ledger.rows(
         f"SELECT count(*), {_RESERVED}, coalesce(sum(reserved_pico IS NULL), 0) {never_came}", (run.run,)
     )
-    in_rows = f"{never_came} AND row_index <> {NO_ROW}"
+    in_rows = f"FROM ({standing}) WHERE outcome = 'unknown' AND usd_pico IS NULL AND NOT is_reused"
     ((unknown_rows,),) = ledger.rows(
-        f"SELECT count(*) FROM (SELECT DISTINCT row_index, model, sample {in_rows})", (run.run,)
+        f"SELECT count(*) FROM (SELECT DISTINCT at, model, sample {in_rows})", everywhere(run)
     )
-    first_unknown = ledger.rows(
-        f"SELECT DISTINCT row_index {in_rows} ORDER BY row_index LIMIT {_SHOWN_ROWS}", (run.run,)
-    )
+    first_unknown = ledger.rows(f"SELECT DISTINCT at {in_rows} ORDER BY at LIMIT {_SHOWN_ROWS}", everywhere(run))
     (unplaced,) = ledger.rows(
         f"SELECT {_USD}, coalesce(sum(outcome = 'ok'), 0) FROM moved "
         "JOIN charged USING (run, row_index, model, sample, key) WHERE run = ? AND to_row IS NULL",
@@ -305,7 +303,8 @@ def totals(ledger: LedgerView, run: Run) -> Totals:
         f"SELECT count(*), {_USD} FROM charged WHERE run = ? AND repair > 0 AND outcome IS NOT NULL", (run.run,)
     )
     ((reused, *saved, reused_unknown),) = ledger.rows(
-        f"SELECT count(*), {_USD}, coalesce(sum(usd_pico IS NULL), 0) FROM reused JOIN charged ON "
+        # Each answer has one attempt that is no repair.
+        f"SELECT coalesce(sum(repair = 0), 0), {_USD}, coalesce(sum(usd_pico IS NULL), 0) FROM reused JOIN charged ON "
         "charged.run = source_run AND charged.row_index = source_row AND charged.model = reused.model "
         "AND charged.sample = reused.sample AND charged.key = reused.key WHERE reused.run = ? AND outcome = 'ok'",
         (run.run,),

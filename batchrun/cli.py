@@ -22,9 +22,10 @@ from batchrun.errors import BatchrunError, ExitCode, StorageError
 _EPILOG = """\b
 Exit codes:
   0    every row has an answer
-  1    finished; some rows failed, or the input changed while the run was going on
+  1    finished; some rows failed or did not parse, or the input changed while the run
+       was going on
   2    the job, its input or the command line is wrong; nothing was sent
-  3    stopped by the job's budget; what was done is kept
+  3    stopped by the job's budget or its max_error_rate; what was done is kept
   4    the provider refused the account, or the first 20 rows in the same words, or cannot
        be reached; what was done is kept
   5    another process holds this job's ledger

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchrun.comparison import Compared, Comparison
-from batchrun.delivery import expected_batches, results_of, summarise
+from batchrun.delivery import expected_batches, results_of
 from batchrun.derive import columns_of
 from batchrun.errors import JobError, StorageError
 from batchrun.intervals import require
@@ -56,6 +56,8 @@ class _Side:
         wanted = [f"{prefix}{name}" for name in ("requested_model", "status", "usd_spent", "latency_seconds")]
         number = -1
         for batch in self.batches:
+            if left_out := [name for name in (*wanted, *self.names["answers"]) if name not in batch.schema.names]:
+                raise JobError(f"{self.title}: has no column {left_out[0]!r}: compare an output that has all columns")
             columns = {name: batch.column(name).to_pylist() for name in wanted}
             samples = _column(batch, f"{prefix}sample")
             expected = _column(batch, names["expected"])
@@ -86,7 +88,7 @@ def compare(first: str, second: str) -> Comparing:
         names = {name: a.names[name] or b.names[name] for name in ("expected", "id")}
         metrics = a.names["metrics"] or b.names["metrics"] or ["exact_match"]
         require(metrics)
-        by_model = len(a.models) > 1 and a.models == b.models
+        by_model = len(a.models) > 1 and sorted(a.models) == sorted(b.models)
         if not by_model and max(len(a.models), len(b.models)) > 1:
             raise JobError("these runs have asked different lists of models: compare runs of one model each")
         held = Spill()
@@ -184,10 +186,9 @@ def _of_ledger(path: Path, run_id: str) -> Iterator[_Side]:
                 f"{path}: the input has changed since run {run.run_id}, so its answers cannot be put beside their "
                 "rows: compare the Parquet that it wrote"
             )
-        summary = summarise(plan, ledger, run, int(placed["rows"]))
         derivation = plan.derivation()
         batches = expected_batches(plan, ledger, run, results_of(plan, run), derivation)
-        yield _Side(f"run {summary.run_id} ({path})", columns_of(plan.job), plan.job.models, batches)
+        yield _Side(f"run {run.run_id} ({path})", columns_of(plan.job), plan.job.models, batches)
     except pa.ArrowException as exc:
         raise StorageError(f"{path}: {exc}") from exc
     finally:

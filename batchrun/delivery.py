@@ -42,7 +42,8 @@ def summarise(plan: Plan, ledger: LedgerView, run: Run, rows: int) -> Summary:
         seconds=0.0,
         sent=0,
         over_cap=over_cap(plan, ledger, run),
-        columns=columns_of(plan.job),
+        columns={**columns_of(plan.job), "own": plan.schema.names[len(plan.source.schema) :]},
+        settings=plan.job.output_settings(),
     )
 
 

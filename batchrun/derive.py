@@ -13,12 +13,13 @@ import pyarrow as pa
 
 from batchrun.columns import build
 from batchrun.errors import JobError, listed
-from batchrun.evaluate import Evaluation, Evaluator
+from batchrun.evaluate import UNANSWERED, Evaluation, Evaluator
 from batchrun.intervals import require
 from batchrun.job import EvaluateSetting, Job
 from batchrun.money import from_pico
 from batchrun.records import Outcome, RowSlots
 from batchrun.scores import score_names, vote
+from batchrun.shapes import Choice, Shape
 from batchrun.structure import Parsed, Structure
 
 _VOTE, _AGREEMENT = "vote", "agreement"
@@ -110,12 +111,19 @@ class Derivation:
         self._votes = slots.number > 1
         self._group = slots.samples if slots.samples > 1 else slots.number
         fields = list(self._columns)
-        self._vote_type = self._columns[0].type if job.labels is not None else pa.string()
+        self._compared_shape = self._shape_of(self._answer)
         if self._votes:
-            fields += [pa.field(_VOTE, self._vote_type), pa.field(_AGREEMENT, pa.float64())]
+            kind = self._compared_shape.type if self._compared_shape is not None else pa.string()
+            fields += [pa.field(_VOTE, kind), pa.field(_AGREEMENT, pa.float64())]
         fields += [pa.field(name, pa.float64()) for name in score_names(self._metrics)]
         prefix = job.output.prefix if job.output.answer_prefix is None else job.output.answer_prefix
         self.schema = pa.schema([field.with_name(prefix + field.name) for field in fields])
+        if twice := [name for name, number in Counter(self.schema.names).items() if number > 1]:
+            raise JobError(
+                f"schema: a property cannot be named {twice[0]!r} in this job, because a column of its output is: "
+                "name it otherwise"
+            )
+        self._counted = self._counted_column()
         self.labels: Counter[str] = Counter()
         self.misfits = 0
         self._by_model = len(slots.models) > 1
@@ -188,16 +196,28 @@ class Derivation:
             return value.get(self._answer)
         return json.dumps(value, ensure_ascii=False, sort_keys=True)
 
+    def _shape_of(self, name: str | None) -> Shape | None:
+        return self._structure.shape_of(name) if self._structure is not None and name is not None else None
+
+    def _counted_column(self) -> str | None:
+        """The column that holds labels: what is compared, if it is one of several words; else the only one that is."""
+        names = [field.name for field in self._columns[:-1]]
+        choices = [name for name in names if isinstance(self._shape_of(name), Choice)]
+        return self._answer if self._answer in choices else choices[0] if len(choices) == 1 else None
+
     def _count(self, parsed: Sequence[Parsed]) -> None:
         for answer in parsed:
             self.misfits += answer.error is not None
-            if isinstance(answer.value, str) and (answer.value in self.labels or len(self.labels) < _MOST_LABELS):
-                self.labels[answer.value] += 1
+            if self._counted is None or answer.value is None or self._structure is None:
+                continue
+            label = answer.value.get(self._counted) if self._structure.has_properties else answer.value
+            if label is not None and (label in self.labels or len(self.labels) < _MOST_LABELS):
+                self.labels[label] += 1
 
     def _vote_arrays(self, votes: Sequence[tuple[Any, float | None]]) -> Iterator[pa.Array]:
-        winners = [None if value is None else str(value) for value, _ in votes for _ in range(self._group)]
-        text = build(winners, pa.string())
-        yield text.dictionary_encode() if pa.types.is_dictionary(self._vote_type) else text
+        winners = [value for value, _ in votes for _ in range(self._group)]
+        shape = self._compared_shape
+        yield shape.array(winners) if shape is not None else build(winners, pa.string())
         yield build([share for _, share in votes for _ in range(self._group)], pa.float64())
 
     def _score_arrays(
@@ -210,7 +230,10 @@ class Derivation:
     ) -> Iterator[pa.Array]:
         wanted = rows.column(rows.schema.get_field_index(setting.expected)).to_pylist()
         # What has no answer yet, or will have none, is neither right nor wrong.
-        expected = [value if outcome.is_ok else None for value, outcome in zip(wanted, outcomes, strict=True)]
+        expected = [
+            value if outcome.is_ok or value is None else UNANSWERED
+            for value, outcome in zip(wanted, outcomes, strict=True)
+        ]
         slices = {name: rows.column(rows.schema.get_field_index(name)).to_pylist() for name in setting.by}
         usd = [None if outcome.usd_pico is None else from_pico(outcome.usd_pico) for outcome in outcomes]
         if self._by_model:
@@ -232,7 +255,10 @@ class Derivation:
         costs = [usd[first : first + step] for first in firsts]
         self._evaluators[1].take(
             # One sample that was answered is enough for its row to be right or wrong.
-            [next((value for value in expected[first : first + step] if value is not None), None) for first in firsts],
+            [
+                next((value for value in expected[first : first + step] if value is not UNANSWERED), UNANSWERED)
+                for first in firsts
+            ],
             votes,
             {name: [column[first] for first in firsts] for name, column in slices.items()},
             [None if None in cost else sum(cost) for cost in costs],

@@ -23,6 +23,8 @@ from batchrun.money import usd_text
 from batchrun.scores import Scorer, decisive, is_stated, scored
 from batchrun.tables import aligned, shown
 
+UNANSWERED: Any = object()
+"""In the place of the expected value of a row that failed or is pending: there is nothing to judge."""
 _MOST_SLICES = 100
 """Values of one column."""
 _MOST_SHOWN = 20
@@ -105,6 +107,8 @@ class Evaluation:
     whole: Group
     without_expected: int
     """Rows with nothing to compare with; they are in no other number."""
+    unanswered: int
+    """Rows that failed or are pending; they are in no other number either."""
     unusable: Mapping[str, int]
     """By metric: expected values that it cannot use (no pattern, no number), and searches that took too long."""
     confusion: Confusion | None
@@ -119,6 +123,7 @@ class Evaluation:
             "right_by": self.right_by,
             **self.whole.document(),
             "without_expected": self.without_expected,
+            "unanswered": self.unanswered,
             "unusable": dict(self.unusable),
             "confusion": self.confusion and self.confusion.document(),
             "slices": {column: slices.document() for column, slices in self.slices.items()},
@@ -128,10 +133,11 @@ class Evaluation:
     def lines(self) -> list[str]:
         """A short text, at most 100 columns wide."""
         whole = self.whole
-        lines = [
-            f"evaluated: {whole.rows} rows, {whole.unparsed} of them without a readable answer; "
-            f"{self.without_expected} more have no expected value"
-        ]
+        lines = [f"evaluated: {whole.rows} rows, {whole.unparsed} of them without a readable answer"]
+        if self.unanswered or self.without_expected:
+            lines.append(
+                f"left out: {self.unanswered} failed or pending, {self.without_expected} without an expected value"
+            )
         for metric, measure in whole.metrics.items():
             text = f"{measure}, 95 % interval" if measure is not None else "none"
             if unusable := self.unusable.get(metric):
@@ -169,7 +175,7 @@ class Evaluator:
         self._metrics = metrics
         self._scorer = Scorer(scored(metrics) or [decisive(metrics)])
         self._has_classes = "accuracy" in metrics or "f1" in metrics
-        self._without_expected = 0
+        self._without_expected = self._unanswered = 0
         self._unusable = dict.fromkeys(self._scorer.metrics, 0)
         self._whole = _Tally(self._scorer.metrics, ClassCounts() if self._has_classes else None)
         self._slices: dict[str, dict[str | None, _Tally]] = {column: {} for column in by}
@@ -185,6 +191,7 @@ class Evaluator:
         """The next rows, as columns: their scores, by the name of the column (`score_names`).
 
         Args:
+            expected: `UNANSWERED` for rows that have no answer to be judged.
             answered: None for what did not parse; it scores 0.
             slices: the columns to slice by.
             usd: None for a cost that is not known.
@@ -192,8 +199,11 @@ class Evaluator:
         scores = []
         columns = [slices[column] for column in self._slices]
         for index, (wanted, said, cost) in enumerate(zip(expected, answered, usd, strict=True)):
-            values = self._scorer.score(wanted, said)
+            values = self._scorer.score(None if wanted is UNANSWERED else wanted, said)
             scores.append(values)
+            if wanted is UNANSWERED:
+                self._unanswered += 1
+                continue
             if not is_stated(wanted):
                 self._without_expected += 1
                 continue
@@ -225,6 +235,7 @@ class Evaluator:
             decisive(self._metrics),
             self._whole.group(self._metrics),
             self._without_expected,
+            self._unanswered,
             {metric: number for metric, number in self._unusable.items() if number},
             confusion(crossed) if crossed is not None else None,
             {column: self._column(column) for column in self._slices},

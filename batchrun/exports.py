@@ -9,6 +9,7 @@ from base64 import b64encode
 from collections.abc import Callable, Iterable, Sequence
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
+from math import isfinite
 from pathlib import Path
 from typing import IO, Any
 from uuid import UUID
@@ -37,7 +38,9 @@ def check_export(path: Path, columns: Sequence[str] | None, schema: pa.Schema) -
 
 
 def write_table(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch], manifest: Callable[[], str]) -> None:
-    """Write batches of a schema; CSV and JSONL hold what has no form in them (bytes, moments, lists in CSV) as text.
+    """Write batches of a schema.
+
+    CSV and JSONL hold what has no form in them (bytes, moments, lists in CSV) as text, JSONL NaN and infinity as null.
 
     Raises:
         StorageError: it cannot be written; what stood there before is untouched.
@@ -83,8 +86,21 @@ class _JsonlWriter:
         """The next rows."""
         for values in zip(*(column.to_pylist() for column in batch.columns), strict=True):
             row = dict(zip(self._names, values, strict=True))
-            self._fp.write(json.dumps(row, ensure_ascii=False, default=_plain))
+            try:
+                line = json.dumps(row, ensure_ascii=False, default=_plain, allow_nan=False)
+            except ValueError:
+                line = json.dumps(_finite(row), ensure_ascii=False, default=_plain)
+            self._fp.write(line)
             self._fp.write("\n")
+
+
+def _finite(value: Any) -> Any:
+    """Without the numbers that JSON has no word for: they become null."""
+    if isinstance(value, float):
+        return value if isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list) else value
 
 
 def _cell(value: Any) -> Any:

@@ -10,10 +10,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
-from typing import IO
+from typing import IO, Any
 
 from batchrun import accounts, local
-from batchrun.breaker import ErrorRate
+from batchrun.breaker import ErrorRate, looked_at
 from batchrun.budget import Budget
 from batchrun.delivery import EarlyOutput, summarise, with_derived, write_output
 from batchrun.derive import shift
@@ -60,6 +60,16 @@ class _Ended:
 
 
 @dataclass(frozen=True)
+class _Before:
+    """The newest run that was placed before the invocation began: the one that goes on, or one earlier."""
+
+    run: Run
+    job: Mapping[str, Any]
+    shape: str
+    """`Plan.shape` by which its answers were placed."""
+
+
+@dataclass(frozen=True)
 class _Context:
     """What an invocation works with."""
 
@@ -69,6 +79,7 @@ class _Context:
     options: Options
     say: Say
     stream: IO[str] | None
+    before: _Before | None
 
 
 def run(job: Job, options: Options, environ: Mapping[str, str], *, say: Say, stream: IO[str] | None) -> Summary:
@@ -100,17 +111,11 @@ def run(job: Job, options: Options, environ: Mapping[str, str], *, say: Say, str
             )
         current = _choose_run(ledger, options)
         check_writable(plan.output_path(current), None if options.adopt_ledger else job.name)
+        context = _Context(plan, ledger, current, options, say, stream, _before(ledger))
         ledger.begin_invocation(current, job=job.snapshot(), endpoint=plan.endpoint.identity)
-        context = _Context(plan, ledger, current, options, say, stream)
         with _end_recorded(ledger, current):
-            before = ledger.placed_input(current)
             rows = place(plan, ledger, current)
             settled = _announce(context, rows)
-            if before is not None and before["shape"] != plan.shape and (unplaced := ledger.unplaced_answers(current)):
-                say(
-                    f"{unplaced} answers are to other requests than the job makes now; their rows will be asked and "
-                    "paid for again"
-                )
             early = EarlyOutput(plan, current, plan.output_path(current), retry_failed=options.retry_failed)
             try:
                 ended = _ask(context, rows, settled, early)
@@ -150,10 +155,20 @@ def _choose_run(ledger: Ledger, options: Options) -> Run:
     return ledger.current_run()
 
 
+def _before(ledger: Ledger) -> _Before | None:
+    found = ledger.last_placed()
+    placed = ledger.placed_input(found[0]) if found is not None else None
+    if found is None or placed is None:
+        return None
+    run, snapshot = found
+    return _Before(run, snapshot.job, str(placed.get("shape")))
+
+
 def _announce(context: _Context, rows: int) -> int:
     """Say what goes on, or what will be paid for again; return how many rows are settled already."""
-    ledger, current, say = context.ledger, context.run, context.say
+    ledger, current, say, before = context.ledger, context.run, context.say, context.before
     ok, failed = ledger.counts(current)
+    answered = ok
     if not current.is_new:
         of = rows * context.plan.slots.number
         say(f"going on with run {current.run_id}: {ok} of {of} rows are answered, {failed} failed")
@@ -166,13 +181,22 @@ def _announce(context: _Context, rows: int) -> int:
             f"{earlier.slots} rows that run {earlier.run_id} answered will be asked and paid for again, "
             f"{cost}; `reuse: true` in the job would take them for nothing"
         )
+        answered = earlier.slots
+    if before is not None and before.shape != context.plan.shape:
+        is_same = before.run.run == current.run
+        unplaced = ledger.unplaced_answers(current) if is_same else ledger.counts(before.run)[0] - answered
+        if unplaced > 0:
+            say(
+                f"{unplaced} answers {'' if is_same else f'of run {before.run.run_id} '}are to other requests than the "
+                "job makes now; their rows will be asked and paid for again"
+            )
     return ok + failed
 
 
 def _ask(context: _Context, rows: int, settled: int, early: EarlyOutput) -> _Ended:
     """Send what is missing."""
     plan, ledger, current, options = context.plan, context.ledger, context.run, context.options
-    ledger.drop_repairs(current, list(plan.needless_repairs(ledger, current)))
+    _change_repairs(context, rows)
     only = None
     if options.sample is not None:
         only = _draw(plan.pending_rows(ledger, current, rows, retry_failed=options.retry_failed), options.sample)
@@ -204,6 +228,17 @@ def _ask(context: _Context, rows: int, settled: int, early: EarlyOutput) -> _End
             progress.close()
         del server
         ledger.release_room()
+
+
+def _change_repairs(context: _Context, rows: int) -> None:
+    """Bring what is to be asked again in line with the job of now."""
+    ledger, current = context.ledger, context.run
+    before = context.before
+    is_raised = before is not None and context.plan.job.repair > int(before.job.get("repair", 0))
+    all_rows = context.plan.job.repair > 0 and (context.options.retry_failed or (is_raised and not current.is_new))
+    changes = context.plan.reviews.changes(ledger, current, rows, all_rows=all_rows)
+    ledger.change_repairs(current, changes.needless, changes.wanted)
+    ledger.drop_reused(current, changes.unreused)
 
 
 def _calm_collector() -> None:
@@ -273,8 +308,8 @@ async def _drive(
             stop_seconds=job.stop_seconds,
             clock=asyncio.get_running_loop().time,
             models=context.plan.slots.models,
-            review=context.plan.review,
-            breaker=_breaker(job, context.run),
+            review=context.plan.reviews.review,
+            breaker=_breaker(context),
             on_settled=progress.settle if progress is not None else lambda settlement: None,
             on_drained=early.start,
         )
@@ -288,11 +323,13 @@ async def _drive(
     return _Ended(stop, runner.sent, budget.refused_pico)
 
 
-def _breaker(job: Job, run: Run) -> ErrorRate | None:
-    if job.max_error_rate is None:
+def _breaker(context: _Context) -> ErrorRate | None:
+    plan = context.plan
+    if plan.job.max_error_rate is None:
         return None
-    # A run that goes on has had its first rows.
-    return ErrorRate(job.max_error_rate, (job.canary or 0) if run.is_new else 0)
+    canary = (plan.job.canary or 0) * plan.slots.number
+    earlier = plan.reviews.latest(context.ledger, context.run, looked_at(canary))
+    return ErrorRate(plan.job.max_error_rate, canary, earlier)
 
 
 @contextmanager

@@ -43,6 +43,7 @@ _MOST_FAULTS = 20
 _LONGEST_FAULT = 1000
 _NOT_YET = "not yet supported"
 _SHAPING = ("prompt", "model", "samples", "parameters", "provider", "reuse")
+_WRITING = ("input", "stream", "output", "labels", "schema", "evaluate")
 _DERIVING = ("labels", "schema", "repair", "evaluate")
 
 
@@ -425,6 +426,11 @@ class Job(_Setting):
         """What of the job changes the requests or the rows: with an unchanged input, the same shape asks the same."""
         shape = self.model_dump(mode="json", include={*_SHAPING, "input"}, by_alias=True)
         return shape | self.asked_as.model_dump(mode="json", include={"labels", "schema_"}, by_alias=True)
+
+    def output_settings(self) -> dict[str, Any]:
+        """What of the job changes the output, and no request that was made; plain JSON values."""
+        now = self.snapshot()
+        return {name: now.get(name) for name in _WRITING}
 
     def snapshot(self) -> dict[str, Any]:
         """The job as plain JSON values; it holds no secret, since secrets are read from the environment."""

@@ -80,6 +80,12 @@ class Labels:
                 return label
         return None
 
+    def whole(self, text: str) -> str | None:
+        """The label that a text is although it was cut off: no other begins with what is there."""
+        label = self.alike(text)
+        others = [key for key, name in self._by_key.items() if name != label]
+        return label if label is not None and not any(key.startswith(_folded(label)) for key in others) else None
+
     def find(self, text: str) -> str:
         """The label that an answer names, as the job writes it.
 
@@ -94,7 +100,9 @@ class Labels:
            is not "positive" where both are labels, and "not really positive" is neither; a letter ("A") must be in its
            own case and not run on into a sentence.
 
-        Language is not understood: "hardly positive" names `positive`. Reasoning in <think> does not count.
+        Language is not understood, so what stands beside a negation in one sentence is not clear ("hardly positive",
+        "not positive" where that is no label), nor is a label that runs on into a sentence and is a common word ("no
+        doubt"). Reasoning in <think> does not count.
 
         Raises:
             NoLabelError: none is named, or several are.
@@ -165,8 +173,15 @@ class Labels:
         if (label := self.alike(text)) is not None:
             return label
         clear: dict[str, bool] = {}
-        for label, is_clear, _, _ in self._mentions(text):
-            clear[label] = clear.get(label, False) or is_clear
+        for sentence in _SENTENCE_END.split(text):
+            mentions = list(self._mentions(sentence))
+            spans = [(start, end) for _, _, start, end in mentions]
+            is_negated = any(
+                _NEGATION.fullmatch(word.folded) and not any(start <= word.start < end for start, end in spans)
+                for word in _words(sentence)
+            )
+            for label, is_clear, _, _ in mentions:
+                clear[label] = clear.get(label, False) or (is_clear and not is_negated)
         label = self._only(list(clear), text.strip())
         words = {word.folded for word in _words(text)} if label in self._extensions else set()
         # "not really positive" has all the words of "not positive", apart.
@@ -184,7 +199,10 @@ class Labels:
                 label = self._by_words.get(tuple(other.folded for other in words[start:end]))
                 if label is None or end <= covered or end > len(words):
                     continue
-                if len(label) > 1 or not label.isalpha():
+                if word.folded in _COMMON and length == 1:
+                    # "no doubt" and "on the whole" may or may not mean the labels no and on.
+                    yield label, _RUNS_ON.match(text, word.end) is None, word.start, word.end
+                elif len(label) > 1 or not label.isalpha():
                     yield label, True, word.start, words[end - 1].end
                 elif word.written == label:
                     # "A matter of taste" and "Vitamin A is" may or may not mean the label A.
@@ -252,6 +270,52 @@ _KEYED = re.compile(
 # Of JSON: the value is closed.
 _NAMED = re.compile(rf"(?:{'|'.join(_KEYS)})[\"'”]\s*:\s*[\"'“]([^\"'”]*)[\"'”]", re.IGNORECASE)
 _LINE = re.compile(r"[^\n]*\S[^\n]*")
+_SENTENCE_END = re.compile(r"[.!?;]+(?=\s|$)|[。！？]|\n\s*(?=\n|[-*•>#])")
+_NEGATION = re.compile(
+    r"not|no|nor|non|never|neither|none|nothing|nobody|without|cannot|hardly|barely|scarcely|rarely|unlikely|instead"
+    r"|than|except|opposite|anything|.*n['’]t|nicht|kein(?:e[mnrs]?)?|nie|niemals|weder|ohne|kaum|pas|jamais|ni|sans"
+    r"|ne|sin|nunca|tampoco|senza|não|nem|sem|niet|geen|не|нет|ни|без"
+)
+_COMMON = frozenset(
+    [
+        "all",
+        "an",
+        "and",
+        "any",
+        "as",
+        "at",
+        "be",
+        "both",
+        "by",
+        "do",
+        "for",
+        "if",
+        "in",
+        "is",
+        "it",
+        "like",
+        "no",
+        "none",
+        "not",
+        "of",
+        "off",
+        "on",
+        "one",
+        "or",
+        "other",
+        "out",
+        "over",
+        "so",
+        "some",
+        "that",
+        "the",
+        "this",
+        "to",
+        "under",
+        "up",
+        "well",
+    ]
+)
 _RUNS_ON = re.compile(r"\s+[^\W\d_]")
 # Marks that belong to the letter before them, which \w leaves out: combining ones, vowels of Indic scripts, joiners.
 _MARKS = (

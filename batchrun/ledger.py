@@ -49,6 +49,7 @@ from batchrun.records import (
     Asked,
     Exchange,
     Failure,
+    Group,
     Intent,
     Request,
     Reservation,
@@ -358,26 +359,28 @@ class Ledger(LedgerView):
     def _note_repairs(self, run: Run, settlements: Sequence[Settlement]) -> None:
         for settlement in settlements:
             request = settlement.intent.request
-            if settlement.repair_wanted is not None or (request.repair and settlement.is_final):
-                self._forget_repair(run, request.slot, request.key)
             if settlement.repair_wanted is not None:
-                values = (run.run, *request.slot, request.key, settlement.repair_wanted)
-                self._db.execute("INSERT INTO repair_wanted VALUES (?, ?, ?, ?, ?, ?)", values)
+                values = (run.run, *request.group, request.key, settlement.repair_wanted)
+                self._db.execute("INSERT OR REPLACE INTO repair_wanted VALUES (?, ?, ?, ?, ?, ?)", values)
+            elif request.repair and settlement.is_final:
+                self._db.execute(_FORGET_REPAIR, (run.run, *request.group, request.key))
 
-    def _forget_repair(self, run: Run, slot: Slot, key: str) -> None:
-        # Also as wanted where the row stood before.
-        self._db.execute(
-            "DELETE FROM repair_wanted WHERE run = :run AND model = :model AND sample = :sample AND key = :key "
-            "AND (row_index = :row OR row_index IN (SELECT row_index FROM moved WHERE moved.run = :run "
-            "AND to_row = :row AND moved.model = :model AND moved.sample = :sample AND moved.key = :key))",
-            {"run": run.run, "row": slot.row_index, "model": slot.model, "sample": slot.sample, "key": key},
-        )
-
-    def drop_repairs(self, run: Run, wanted: Iterable[tuple[Slot, str]]) -> None:
-        """These slots are not to be asked again after all: their answers stand. By slot and key."""
+    def change_repairs(self, run: Run, needless: Iterable[Group], wanted: Iterable[tuple[Group, int]]) -> None:
+        """Record which answers are to be asked for again after all, for the how many-th time, and which are not."""
         with self._transaction():
-            for slot, key in wanted:
-                self._forget_repair(run, slot, key)
+            self._db.executemany(_FORGET_REPAIR, [(run.run, *slot, key) for slot, key in needless])
+            self._db.executemany(
+                "INSERT OR REPLACE INTO repair_wanted VALUES (?, ?, ?, ?, ?, ?)",
+                [(run.run, *slot, key, repair) for (slot, key), repair in wanted],
+            )
+
+    def drop_reused(self, run: Run, slots: Iterable[Slot]) -> None:
+        """These slots do not take another's answer: they are to be asked."""
+        with self._transaction():
+            self._db.executemany(
+                "DELETE FROM reused WHERE run = ? AND row_index = ? AND model = ? AND sample = ?",
+                [(run.run, *slot) for slot in slots],
+            )
 
     def note_labels(self, run: Run, labels: dict[str, int]) -> None:
         """Record how often a run gave each label."""
@@ -470,7 +473,7 @@ class Ledger(LedgerView):
     def _intended(self, run: Run, intent: Intent) -> tuple[Any, ...]:
         request = intent.request
         return (
-            intent.attempt_id, run.run, self._invocation, *request.slot, request.key, intent.number,
+            intent.attempt_id, run.run, self._invocation, *request.group, request.key, intent.number,
             intent.client_request_id, intent.sent_at, len(request.body), intent.reserved_pico,
             request.repair, request.repair_key,
         )  # fmt: skip
@@ -586,6 +589,7 @@ _SETTLE = f"""
     UPDATE attempt SET {", ".join(f"{name} = ?" for name in SETTLEMENT_COLUMNS)}, seal = ?
     WHERE attempt_id = ? AND outcome IS NULL
 """
+_FORGET_REPAIR = "DELETE FROM repair_wanted WHERE run = ? AND row_index = ? AND model = ? AND sample = ? AND key = ?"
 _ORPHANED = "the process ended before an answer came"
 
 # Groups whose row asks for another key now, each given a row that asks for its key and has no answer: answered groups

@@ -20,7 +20,7 @@ import zstandard
 from batchrun.errors import StorageError
 from batchrun.migrations import check_version
 from batchrun.money import from_pico
-from batchrun.records import RowSlots, Slot, StandingAttempt
+from batchrun.records import Group, RowSlots, Slot, StandingAttempt
 
 
 class Run(NamedTuple):
@@ -44,6 +44,8 @@ class SlotState(NamedTuple):
     """It takes what becomes of another slot, and is never asked itself."""
     repair: int | None = None
     """It is to be asked again, for the so many-th time, because its answer does not fit."""
+    home: int | None = None
+    """The row that the answer was made for, then."""
 
 
 class WantedRepair(NamedTuple):
@@ -51,7 +53,7 @@ class WantedRepair(NamedTuple):
 
     repair: int
     """For the how many-th time."""
-    key: str
+    group: Group
 
 
 class Snapshot(NamedTuple):
@@ -62,6 +64,19 @@ class Snapshot(NamedTuple):
     """Its identity in the keys."""
     reason: str | None
     """Why it ended, if it was not because all was done."""
+
+
+class StoredAnswer(NamedTuple):
+    """The last answer of a slot."""
+
+    slot: Slot
+    group: Group
+    answers: int
+    """How many the slot has had: one more than its repairs."""
+    is_reused: bool
+    body: bytes
+    """As it arrived."""
+    streamed: bool
 
 
 class EarlierAnswers(NamedTuple):
@@ -199,7 +214,9 @@ class LedgerView:
                 state = found.get(Slot(*slot), SlotState(False, False, 0))
                 found[Slot(*slot)] = state._replace(is_reused=True)
         for slot, wanted in self.repairs_wanted(run, start, stop).items():
-            found[slot] = found.get(slot, SlotState(False, False, 0))._replace(is_answered=False, repair=wanted.repair)
+            home = wanted.group[0].row_index
+            state = found.get(slot, SlotState(False, False, 0))
+            found[slot] = state._replace(is_answered=False, repair=wanted.repair, home=home)
         with storage(self.path):
             faults = self._db.execute(
                 "SELECT row_index, model, sample FROM row_fault WHERE run = ? AND row_index >= ? AND row_index < ?",
@@ -249,9 +266,10 @@ class LedgerView:
             (run.run, start, stop, *slots.models, slots.samples),
         )
         settled = dict(rows)
-        for table, sign in (("reused", 1), ("repair_wanted", -1)):
+        # A slot that failed before it took another's answer is counted already.
+        for table, sign in ((f"reused WHERE NOT ({_HAS_OWN})", 1), ("repair_wanted WHERE TRUE", -1)):
             for chunk, number in self.rows(
-                f"SELECT row_index / {_CHUNK_ROWS}, count(*) FROM {table} WHERE run = ? AND row_index >= ? "
+                f"SELECT row_index / {_CHUNK_ROWS}, count(*) FROM {table} AND run = ? AND row_index >= ? "
                 "AND row_index < ? GROUP BY 1",
                 (run.run, start, stop),
             ):
@@ -261,13 +279,16 @@ class LedgerView:
     def repairs_wanted(self, run: Run, start: int = 0, stop: int = 2**62) -> dict[Slot, WantedRepair]:
         """Slots in rows `start` ≤ index < `stop` that are to be asked again."""
         rows = self.rows(
-            "SELECT at, model, sample, max(repair), key FROM ("
-            "SELECT CASE WHEN moved.run IS NULL THEN row_index ELSE to_row END AS at, model, sample, key, repair "
-            "FROM repair_wanted LEFT JOIN moved USING (run, row_index, model, sample, key) WHERE repair_wanted.run = ?"
-            ") WHERE at >= ? AND at < ? GROUP BY at, model, sample",
+            "SELECT at, model, sample, max(repair), row_index, key FROM ("
+            "SELECT CASE WHEN moved.run IS NULL THEN row_index ELSE to_row END AS at, row_index, model, sample, key, "
+            "repair FROM repair_wanted LEFT JOIN moved USING (run, row_index, model, sample, key) "
+            "WHERE repair_wanted.run = ?) WHERE at >= ? AND at < ? GROUP BY at, model, sample",
             (run.run, start, stop),
         )
-        return {Slot(*slot): WantedRepair(repair, key) for *slot, repair, key in rows}
+        return {
+            Slot(at, model, sample): WantedRepair(repair, (Slot(home, model, sample), key))
+            for at, model, sample, repair, home, key in rows
+        }
 
     def standing(self, run: Run, start: int, stop: int) -> Iterator[StandingAttempt]:
         """Settled attempts of the slots in rows `start` ≤ index < `stop`, slot by slot, oldest first."""
@@ -294,6 +315,39 @@ class LedgerView:
                     bool(streamed), tuple(flags.split(",")) if flags else (),
                     decompress(body) if body is not None else None, bool(is_reused),
                 )  # fmt: skip
+
+    def answers(self, run: Run, start: int, stop: int) -> Iterator[StoredAnswer]:
+        """The last answer of each slot in rows `start` ≤ index < `stop` that has one, in order."""
+        decompress = zstandard.ZstdDecompressor().decompress
+        for at, home, model, sample, key, number, is_reused, body, streamed, _ in self.each(
+            "SELECT at, row_index, model, sample, key, count(*), is_reused, body, streamed, max(attempt_id) "
+            f"FROM ({self.standing_sql(run)}) JOIN answer USING (attempt_id) WHERE outcome = 'ok' "
+            "GROUP BY at, model, sample",
+            {"run": run.run, "start": start, "stop": stop},
+        ):
+            group = (Slot(home, model, sample), key)
+            yield StoredAnswer(
+                Slot(at, model, sample), group, number, bool(is_reused), decompress(body), bool(streamed)
+            )
+
+    def latest_decided(self, run: Run, number: int) -> list[tuple[bytes | None, bool]]:
+        """The newest slots of a run that were settled by an attempt: its answer, if it is one, and whether streamed.
+
+        Oldest first, so many of them.
+        """
+        rows = self.rows(
+            "SELECT body, streamed FROM attempt LEFT JOIN answer ON outcome = 'ok' "
+            "AND answer.attempt_id = attempt.attempt_id WHERE run = ? AND final AND NOT EXISTS ("
+            "SELECT 1 FROM attempt AS later WHERE later.run = attempt.run AND later.row_index = attempt.row_index "
+            "AND later.model = attempt.model AND later.sample = attempt.sample AND later.key = attempt.key "
+            "AND later.attempt_id > attempt.attempt_id) AND NOT EXISTS (SELECT 1 FROM repair_wanted "
+            "WHERE repair_wanted.run = attempt.run AND repair_wanted.row_index = attempt.row_index "
+            "AND repair_wanted.model = attempt.model AND repair_wanted.sample = attempt.sample "
+            "AND repair_wanted.key = attempt.key) ORDER BY attempt.attempt_id DESC LIMIT ?",
+            (run.run, number),
+        )
+        decompress = zstandard.ZstdDecompressor().decompress
+        return [(decompress(body) if body is not None else None, bool(streamed)) for body, streamed in reversed(rows)]
 
     def answer_bytes(self, run: Run, start: int, stop: int) -> int:
         """Size of the answers in rows `start` ≤ index < `stop`."""
@@ -407,6 +461,10 @@ _REUSED = (
     "WHERE reused.run = :run AND reused.row_index >= :start AND reused.row_index < :stop AND final"
 )
 _CHUNK_ROWS = 1024
+_HAS_OWN = (
+    "EXISTS (SELECT 1 FROM attempt WHERE attempt.run = reused.run AND attempt.row_index = reused.row_index "
+    "AND attempt.model = reused.model AND attempt.sample = reused.sample AND (outcome = 'ok' OR final))"
+)
 # Of a slot's attempts only the newest tells whether it is failed: one that is asked again is pending meanwhile.
 NEWEST_IS_FINAL = "max(attempt_id * 2 + final) & 1"
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from batchrun import accounts
 from batchrun.delivery import summarise, with_derived, write_output
-from batchrun.errors import JobError, MissingHereError, StorageError
+from batchrun.errors import ExitCode, JobError, MissingHereError, StorageError
 from batchrun.estimate import Estimate, Estimator, together
 from batchrun.exports import check_export
 from batchrun.job import Job
@@ -62,7 +62,12 @@ class Preview:
             lines.append(f"… and {self.fault_count - len(self.faults)} more rows would fail")
         failing = f", {self.fault_count} of which give no prompt and would fail" if self.fault_count else ""
         lines.append(f"{self.job.name}: {self.rows} rows{failing}; {self._asked()} at {self.job.provider.name}")
-        return lines + self.estimate.lines()
+        lines += self.estimate.lines()
+        if self.job.repair:
+            lines.append(f"not in the estimate: up to {self.job.repair} repairs of each row whose answer does not fit")
+        if self.job.reuse:
+            lines.append("not in the estimate: answers that are there already, which reuse takes for nothing")
+        return lines
 
     def _asked(self) -> str:
         models = f"model{'s' * (len(self.job.models) > 1)} {', '.join(self.job.models)}"
@@ -199,14 +204,19 @@ def rewrite(
 ) -> Summary:
     """Write the output of a run, or some columns of it to another file, from what the ledger holds of it."""
     plan = Plan.to_read(job.with_shape_of(known.job), known.endpoint)
-    output = plan.output_path(run) if to is None else plan.refuse_own(to.absolute(), "--to")
+    output = plan.output_path(run)
+    if to is not None:
+        if to.absolute().resolve() == output.resolve():
+            raise JobError(f"--to: {to} is the output of the job itself: name another file, or leave --to out")
+        output = plan.refuse_own(to.absolute(), "--to")
     names = check_export(output, columns, plan.schema)
     rows = place(plan, ledger, run)
     summary = replace(summarise(plan, ledger, run, rows), output=str(output), reason=known.reason)
     derivation = write_output(plan, ledger, run, output, lambda: summary, names=names)
     if to is None:
         ledger.note_output(run)
-    return with_derived(summary, derivation)
+    # Answers that do not fit were told of by the run.
+    return replace(with_derived(summary, derivation), exit_code=ExitCode.OK)
 
 
 def refresh(job: Job, ledger: Ledger) -> str:

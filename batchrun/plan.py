@@ -21,12 +21,12 @@ from batchrun.ledger import Ledger
 from batchrun.ledger_view import LedgerView, Run, SlotState
 from batchrun.providers import Endpoint, resolve
 from batchrun.rates import prompt_tokens
-from batchrun.records import Answer, Asked, Request, Review, RowFault, RowSlots, Slot
+from batchrun.records import Asked, Request, RowFault, RowSlots, Slot
+from batchrun.reviews import Reviews
 from batchrun.sink import check_schema
 from batchrun.source import Batch, Source
 from batchrun.template import NotRenderedError, Template
 from batchrun.uniqueness import UniqueValues
-from batchrun.wire import read_answer
 
 _STATES_AT_ONCE = 10_000
 
@@ -37,6 +37,7 @@ class Plan:
     Attributes:
         slots: those of each row; models as requests call them: a GGUF file by its name, not its path.
         weights: of the embedded server, if the job uses it and it is to be started.
+        reviews: what the job thinks of answers.
         unbounded_row: the first row whose request sets no bound on its answer; known once all rows were read.
         outside_row: the first row whose request has the model read something that it does not hold.
 
@@ -64,7 +65,8 @@ class Plan:
         self.result_schema = result_schema(
             streamed=job.stream, sampled=job.samples > 1, reuses=job.reuse, prefix=job.output.prefix
         )
-        self._structure = structure_of(job)
+        templates = dict(zip(models, self.templates, strict=True))
+        self.reviews = Reviews(structure_of(job), templates, job.repair)
         derived = self.derivation().schema
         self._refuse_collisions(derived)
         self.schema = pa.schema([*self.source.schema, *self.result_schema, *derived])
@@ -116,37 +118,6 @@ class Plan:
     def derivation(self) -> Derivation:
         """What makes columns of the answers, for one writing of the output."""
         return Derivation(self.job, self.slots, self.source.schema)
-
-    def review(self, request: Request, answer: Answer) -> Review:
-        """Whether an answer has the form that is wanted, and what to ask if it has not."""
-        error = self._misfit(answer)
-        if error is None:
-            return Review()
-        if request.repair >= self.job.repair:
-            return Review(fits=False)
-        return Review(False, self._template_of(request.slot).repaired(request, answer.text, error))
-
-    def needless_repairs(self, ledger: LedgerView, run: Run) -> Iterator[tuple[Slot, str]]:
-        """Slots that were to be asked again, and by the job of now are not, with their keys."""
-        for slot, (repair, key) in ledger.repairs_wanted(run).items():
-            if repair > self.job.repair or self._misfit(_answers(ledger, run, slot)[-1]) is None:
-                yield slot, key
-
-    def _asked_again(self, ledger: LedgerView, run: Run, request: Request) -> Request:
-        """The request that goes on with the repair of a slot."""
-        template = self._template_of(request.slot)
-        for answer in _answers(ledger, run, request.slot):
-            request = template.repaired(request, answer.text, self._misfit(answer) or "it is not what was asked for")
-        return request
-
-    def _misfit(self, answer: Answer) -> str | None:
-        """Why an answer does not have the form that is wanted; None if it has."""
-        if self._structure is None:
-            return None
-        return self._structure.parse(answer.text, is_cut="truncated" in answer.flags).error
-
-    def _template_of(self, slot: Slot) -> Template:
-        return self.templates[self.slots.models.index(slot.model)]
 
     def is_placed_as(self, placed: Mapping[str, Any] | None) -> bool:
         """True if the files of the input are those that a run's answers were placed by. `placed`: the run's own."""
@@ -263,9 +234,10 @@ class Plan:
         """The next request of a slot that may have been asked before."""
         if state is None or not state.tries:
             return request
-        if state.repair is not None:
-            request = self._asked_again(ledger, run, request)
-        return request._replace(tries=state.tries)
+        request = request._replace(tries=state.tries)
+        if state.repair is None:
+            return request
+        return self.reviews.gone_on(ledger, run, request._replace(home=state.home))
 
     def pending_rows(self, ledger: LedgerView, run: Run, rows: int, *, retry_failed: bool) -> Iterator[int]:
         """The rows that `pending` would ask, without reading them."""
@@ -345,16 +317,6 @@ def _is_wanted(state: SlotState | None, retry_failed: bool) -> bool:
     if state.is_answered or state.is_reused:
         return False
     return not state.is_failed or bool(retry_failed and state.tries)
-
-
-def _answers(ledger: LedgerView, run: Run, slot: Slot) -> list[Answer]:
-    """What a slot was answered, in order."""
-    found = (
-        read_answer(attempt.body, {}, streamed=attempt.streamed, counts=False)
-        for attempt in ledger.standing(run, slot.row_index, slot.row_index + 1)
-        if attempt.slot == slot and attempt.body is not None
-    )
-    return [answer if isinstance(answer, Answer) else Answer(None, "unknown") for answer in found]
 
 
 def _plain_rows(batch: Batch, columns: list[str]) -> list[dict[str, Any]]:

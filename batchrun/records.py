@@ -29,6 +29,10 @@ class Slot(NamedTuple):
     sample: int = 0
 
 
+Group = tuple[Slot, str]
+"""The attempts of a run with one slot and one key: those of the slot that its first attempt was made for."""
+
+
 class RowSlots(NamedTuple):
     """Which slots each row of the input has."""
 
@@ -125,6 +129,14 @@ class Request(NamedTuple):
     """How often the slot was asked again because its answer did not fit, this time included."""
     repair_key: str | None = None
     """Of a request that asks again; `key` stays that of its slot."""
+    home: int | None = None
+    """Of a request that asks again: the row that was answered, where the slot's is another now; the ledger keeps the
+    answers together."""
+
+    @property
+    def group(self) -> Slot:
+        """Under which the ledger holds the slot's attempts, together with `key`."""
+        return self.slot if self.home is None else self.slot._replace(row_index=self.home)
 
 
 class Exchange(NamedTuple):

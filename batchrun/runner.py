@@ -51,8 +51,6 @@ _DURABLE_GAP = 0.01
 _WALLS = 3
 """Rows that are told to wait for longer than they may, without an answer between; or times that a lone row is."""
 _WALL_PAUSE = 1.0
-_CANARY_LOOK = 0.05
-"""Seconds after which a worker looks again whether the first rows are settled."""
 _LAST_TRIES = 3
 """Each makes more room on a full disk than the one before."""
 
@@ -154,6 +152,7 @@ class Runner:
         self._is_exhausted = False
         self._workers: list[asyncio.Task[None]] = []
         self._stopping = asyncio.Event()
+        self._woken = asyncio.Event()
         self._signals = 0
         self._undecided = 0
         """Rows that were drawn and that no attempt has decided yet."""
@@ -237,7 +236,7 @@ class Runner:
                 return heapq.heappop(self._waiting)
             if self._breaker is not None and self._breaker.is_shut(self._drawn):
                 # The first rows are looked at before any other is asked.
-                await self._nap(_CANARY_LOOK)
+                await self._nap(self._waiting[0].due - now if self._waiting else None)
                 continue
             if not self._is_exhausted and len(self._waiting) < _WAITING_PER_SLOT * self._concurrency:
                 request = next(self._requests, None)
@@ -325,7 +324,10 @@ class Runner:
         self._on_settled(settlement)
         if settlement.decides:
             self._undecided -= 1
-            stop = stop or (self._breaker.note(fits=review.fits) if self._breaker is not None else None)
+            if self._breaker is not None:
+                stop = stop or self._breaker.note(fits=review.fits)
+                if not self._breaker.is_shut(self._drawn):
+                    self._wake()
         elif review.again is not None:
             again = _Work(self._clock(), next(self._order), review.again, tries=work.tries)
             heapq.heappush(self._waiting, again)
@@ -401,6 +403,7 @@ class Runner:
             self.stop = stop
         if not self._stopping.is_set():
             self._stopping.set()
+            self._wake()
             self._pacing.stop()
             self._rates.stop()
             self._budget.close()
@@ -410,14 +413,19 @@ class Runner:
         for worker in self._workers:
             worker.cancel()
 
-    async def _nap(self, seconds: float) -> None:
-        if seconds <= 0:
+    async def _nap(self, seconds: float | None) -> None:
+        """Sleep; less if it is to stop, or once the first rows are looked at. None: until then."""
+        if (seconds is not None and seconds <= 0) or self._stopping.is_set():
             return
         try:
             async with asyncio.timeout(seconds):
-                await self._stopping.wait()
+                await self._woken.wait()
         except TimeoutError:
             pass
+
+    def _wake(self) -> None:
+        self._woken.set()
+        self._woken.clear()
 
     async def _sync_regularly(self) -> None:
         while True:

@@ -18,7 +18,6 @@ from batchrun.labels import Labels, NoLabelError
 from batchrun.tolerant import NoJSONError, decode, documents_in, shown, undecorated
 
 _DEEPEST = 64
-_MOST_SHAPES = 5000
 _EXACT = 2**53
 """Up to here every whole number is a double."""
 

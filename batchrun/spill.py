@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import pickle
 import sqlite3
 from typing import Any
 
@@ -20,7 +20,7 @@ class Spill:
     def __init__(self) -> None:
         # The empty name is a private database in a temporary file.
         self._db = sqlite3.connect("", isolation_level=None)
-        self._db.execute("CREATE TABLE held (key TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID")
+        self._db.execute("CREATE TABLE held (key BLOB PRIMARY KEY, value BLOB) WITHOUT ROWID")
         self._db.execute("BEGIN")
         self._number = 0
 
@@ -28,13 +28,18 @@ class Spill:
         return self._number
 
     def put(self, key: Any, value: Any) -> bool:
-        """Hold a value of plain JSON under a key; False if there is one already."""
-        done = self._db.execute("INSERT OR IGNORE INTO held VALUES (?, ?)", (json.dumps(key), json.dumps(value)))
+        """Hold a value under a key; False if there is one already. Both of what Arrow gives: text, numbers, dates, …"""
+        done = self._db.execute("INSERT OR IGNORE INTO held VALUES (?, ?)", (_bytes_of(key), pickle.dumps(value)))
         self._number += done.rowcount
         return bool(done.rowcount)
 
     def take(self, key: Any) -> Any:
         """What is held under a key; None if nothing is, or it was taken."""
-        found = self._db.execute("DELETE FROM held WHERE key = ? RETURNING value", (json.dumps(key),)).fetchone()
+        found = self._db.execute("DELETE FROM held WHERE key = ? RETURNING value", (_bytes_of(key),)).fetchone()
         self._number -= found is not None
-        return json.loads(found[0]) if found is not None else None
+        return pickle.loads(found[0]) if found is not None else None
+
+
+def _bytes_of(key: Any) -> bytes:
+    # Not pickle's, which differ for equal values.
+    return repr(key).encode("utf-8", "surrogatepass")

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from keyword import iskeyword
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
 from batchrun.answers import result_schema
 from batchrun.errors import JobError, StorageError
 from batchrun.job import Job
-from batchrun.scores import METRICS
 from batchrun.sink import manifest_of
 from batchrun.source import Source
 
@@ -53,16 +54,16 @@ def write_starter(data: Path, path: Path) -> Path:
     """
     relative = os.path.relpath(data, path.parent)
     source = Source(_probe(data, path))
-    answers = _answers(data) if source.is_own_output else []
-    results = {*result_schema(streamed=True, sampled=True, reuses=True).names, *answers, *_DERIVED}
-    kept = [name for name in source.columns if not _is_result(name, results)]
-    if not source.is_own_output:
-        kept = source.columns
-    elif not kept:
+    columns = (manifest_of(data) or {}).get("columns") if source.is_own_output else None
+    answers = _answers(columns) if columns else []
+    own = columns["own"] if columns else result_schema(streamed=True).names if source.is_own_output else []
+    kept = [name for name in source.columns if name not in own]
+    if source.is_own_output and not kept:
         raise JobError(f"{data}: has no columns but batchrun's own results")
     if source.is_own_output:
         # The result columns of that job would stand in the way of this one's.
-        renamed = [name for name in ("response", *answers) if name in source.columns]
+        response = f"{columns['prefix']}response" if columns else "response"
+        renamed = [name for name in (response, *answers) if name in source.columns]
         dropped = [name for name in source.columns if name not in (*kept, *renamed)]
         pairs = ", ".join([
             *(f"{_text(name)}: {{name: {_text(f'earlier_{name}')}}}" for name in renamed),
@@ -92,17 +93,9 @@ def write_starter(data: Path, path: Path) -> Path:
     return path
 
 
-_DERIVED = ("parse_error", "vote", "agreement")
-
-
-def _is_result(name: str, results: set[str]) -> bool:
-    return name in results or (name.startswith("score_") and name.removeprefix("score_") in METRICS)
-
-
-def _answers(data: Path) -> list[str]:
+def _answers(columns: Mapping[str, Any]) -> list[str]:
     """The columns that an output has of its answers, besides their text."""
-    columns = (manifest_of(data) or {}).get("columns", {})
-    return [name for name in columns.get("answers", []) if name != f"{columns['prefix']}response"]
+    return [name for name in columns["answers"] if name != f"{columns['prefix']}response"]
 
 
 def _probe(data: Path, path: Path) -> Job:

@@ -16,7 +16,7 @@ from batchrun.errors import JobError
 from batchrun.labels import Labels, NoLabelError
 from batchrun.providers import ResponseFormat
 from batchrun.schemas import as_json, is_strict, object_of, placed, shape_of, validator_of
-from batchrun.shapes import Choice, Free, Items, MisfitError, Record
+from batchrun.shapes import Choice, Free, Items, MisfitError, Record, Shape
 from batchrun.tolerant import LONGEST, NoJSONError, decode, shown, without_reasoning
 
 PARSE_ERROR = "parse_error"
@@ -73,6 +73,10 @@ class Structure(ABC):
         """The columns of some answers, in the order of `columns`."""
 
     @abstractmethod
+    def shape_of(self, name: str) -> Shape:
+        """Of one of the columns but the last."""
+
+    @abstractmethod
     def _schema(self, style: ResponseFormat) -> dict[str, Any]:
         """The schema that is sent; except with `bare`, that of an object."""
 
@@ -96,6 +100,10 @@ class Structure(ABC):
             return self._wish()
         return _in_words(self._schema(style)) if style == "json_object" else None
 
+    def reminder(self, style: ResponseFormat | None) -> str:
+        """Text for a request that asks again: the form of the answer, as `style` has asked for it."""
+        return self._wish() if style in (None, "bare") else _in_words(self._schema(style))
+
 
 class _OfLabels(Structure):
     def __init__(self, labels: Sequence[str]) -> None:
@@ -106,10 +114,12 @@ class _OfLabels(Structure):
 
     def parse(self, text: str | None, *, is_cut: bool = False) -> Parsed:
         if is_cut:
+            if (whole := self._labels.whole(text or "")) is not None:
+                return self._known[whole]
             # Its last word may be the beginning of another.
             text = "".join((text or "").rsplit(maxsplit=1)[:-1]) or None
             if text is None:
-                return Parsed(None, "the answer was cut off: raise max_tokens")
+                return _CUT
         if text in self._known:
             return self._known[text]
         try:
@@ -119,6 +129,9 @@ class _OfLabels(Structure):
 
     def arrays(self, parsed: Sequence[Parsed]) -> list[pa.Array]:
         return [self._choice.array([answer.value for answer in parsed]), _errors(parsed)]
+
+    def shape_of(self, name: str) -> Shape:
+        return self._choice
 
     def _schema(self, style: ResponseFormat) -> dict[str, Any]:
         label = {"type": "string", "enum": list(self._labels.names)}
@@ -153,12 +166,14 @@ class _OfSchema(Structure):
         Read as JSON, else as near-JSON anywhere in the text: what fits the schema must be one value and no other.
         Numbers and booleans may be text, enums and names in another case, an object alone in a list; an optional
         property that is null is absent. Unknown properties have no column; where `additionalProperties` is false they
-        are an error. What is cut is refused.
+        are an error. What is cut is refused: JSON that does not end, and what may go on without any sign of it.
         """
         if not text or not text.strip():
             return Parsed(None, "the answer is empty")
         if len(text) > LONGEST:
             return Parsed(None, f"too long: {len(text)} characters")
+        if is_cut and not isinstance(self._shape, (Record, Items)) and text.rstrip()[-1] not in _ENDS:
+            return _CUT
         try:
             value = decode(text)
         except ValueError:
@@ -213,6 +228,9 @@ class _OfSchema(Structure):
         columns = self._record.columns(values) if self._record else [self._shape.array(values)]
         return [*columns, _errors(parsed)]
 
+    def shape_of(self, name: str) -> Shape:
+        return self._record.shapes[name] if self._record else self._shape
+
     def _schema(self, style: ResponseFormat) -> dict[str, Any]:
         document: dict[str, Any] = self._document
         is_object = self._record is not None or document.get("type") == "object"
@@ -220,6 +238,10 @@ class _OfSchema(Structure):
 
     def _wish(self) -> str:
         return _in_words(self._document)
+
+
+_CUT = Parsed(None, "the answer was cut off: raise max_tokens")
+_ENDS = ('"', "}", "]", "`")
 
 
 def _refused(error: ValueError) -> Parsed:

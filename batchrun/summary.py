@@ -43,6 +43,8 @@ class Summary:
     """Dollars by which the job's cap was exceeded; None without a cap."""
     projection: Projection | None = None
     """What the whole run will take, after a sample."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """`Job.output_settings` of the job that it was written by."""
     columns: dict[str, Any] = field(default_factory=dict)
     """Where in the output stands what two runs are compared by."""
     parse_errors: int = 0
@@ -87,6 +89,7 @@ class Summary:
             "unplaced_usd": totals.unplaced_usd,
             "parse_errors": self.parse_errors,
             "columns": self.columns,
+            "settings": self.settings,
             "labels": self.labels,
             "evaluation": self.evaluation,
             "repairs": totals.repairs,
@@ -102,7 +105,7 @@ class Summary:
 
     def to_json(self) -> str:
         """One JSON object; dollars are numbers with all their digits."""
-        document = self.manifest() | {
+        document = {name: value for name, value in self.manifest().items() if name != "settings"} | {
             "exit_code": int(self.exit_code),
             "failures": [
                 {"kind": kind, "rows": rows, "example": example} for kind, rows, example in self.totals.failures

@@ -120,9 +120,9 @@ class Template:
                     self._messages.append({"role": role, "content": content})
         self._parameters = self._compile(job.parameters, "parameters", keeps_type=True)
         self._instruction = None
-        self._wish = structure.instruction(None) if structure is not None else None
+        style = endpoint.response_format if "response_format" not in job.parameters else None
+        self._reminder = structure.reminder(style) if structure is not None else None
         if structure is not None and "response_format" not in job.parameters:
-            style = endpoint.response_format
             self._instruction = structure.instruction(style)
             if style is not None:
                 self._parameters["response_format"] = structure.document(style)
@@ -169,7 +169,7 @@ class Template:
         said = text if text and text.strip() else "(nothing)"
         document["messages"] += [
             {"role": "assistant", "content": said},
-            {"role": "user", "content": f"That does not fit: {error}. {self._wish}"},
+            {"role": "user", "content": f"That does not fit: {error}. {self._reminder}"},
         ]
         asked = {name: value for name, value in document.items() if name not in self._stream}
         canonical = _encode_canonical([self._endpoint.identity, asked]).encode()

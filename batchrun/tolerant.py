@@ -176,6 +176,8 @@ def _repaired(text: str, start: int) -> tuple[Any, int]:
     leaves = list(_leaves(value))
     if not isinstance(value, (dict, list)) or leaves.count("") > len(_EMPTY.findall(source)):
         raise NoJSONError("broken")
+    if any(leaf[-1:] in _CLOSERS or leaf[:1] in _CLOSERS for leaf in leaves if leaf):
+        raise NoJSONError("broken")  # `'it's'` is not "it's'"
     if _ink(_ESCAPE.sub(_unescaped, source)) != _ink(" ".join(leaves)):
         raise NoJSONError("broken")
     return value, end
@@ -306,6 +308,7 @@ _MEANT = re.compile(r'\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})|\\(?:x([0-9a-fA-F]{2})|(
 _ESCAPE = re.compile(r"\\(?:[bfnrt]|u([0-9a-fA-F]{4}))")
 _EMPTY = re.compile(r"\"\"|''|“”")
 _INK = re.compile(r"-?\d+(?:\.\d+)?(?:e[-+]?\d+)?|[^\x00-\x20\s\"'“”‘’\\\[\]{}(),:]")
+_CLOSERS = ('"', "'", "“", "”")
 _OPENER = re.compile(r"[\[{]")
 _BRACKET = re.compile(r"[][{}]")
 _FENCE = re.compile(r"^```[^\n`]*\n(.*?)\n?```$", re.DOTALL)

@@ -28,8 +28,6 @@ from batchrun.summary import exact_json
 from batchrun.wire import read_answer
 
 _SHOWN = 20
-_SHAPING = ("input", "stream", "output", "labels", "schema", "evaluate")
-"""Keys of the job that change the output, and no request."""
 
 
 @dataclass
@@ -319,8 +317,9 @@ def _check_output(job: Job, ledger: LedgerView, verdict: Verdict) -> None:
     if manifest.get("run_id") != run.run_id:
         verdict.blame(f"{output} is of run {manifest.get('run_id')}, and the newest is {run.run_id}")
         return
-    now = job.snapshot()
-    if changed := [name for name in _SHAPING if now.get(name) != known.job.get(name)]:
+    now = job.output_settings()
+    then = manifest.get("settings") or known.job
+    if changed := [name for name, value in now.items() if exact_json(value) != exact_json(then.get(name))]:
         verdict.notes.append(
             f"the job file has changed since ({', '.join(changed)}): the output was not compared; `batchrun export` "
             "writes it as the job says now"

@@ -11,14 +11,16 @@ def plant(name: str) -> None:
 
 
 def _sends_before_the_commit() -> None:
-    from batchrun import runner
+    import asyncio
+
+    from batchrun.journal import Journal
     from batchrun.ledger import Ledger
 
     async def intend(self: Any, intent: Any) -> None:
-        self._intents.append((intent, runner.asyncio.get_running_loop().create_future()))
+        self._intents.append((intent, asyncio.get_running_loop().create_future()))
         self._schedule()
 
-    runner._Journal.intend = intend  # type: ignore[method-assign]
+    Journal.intend = intend  # type: ignore[method-assign]
     # The product's own check is to look away: here it is the witness that must see it.
     Ledger.newest_intended = property(lambda self: 2**62, lambda self, value: None)  # type: ignore[assignment]
 

@@ -481,7 +481,7 @@ def test_the_document_and_the_lines_of_a_run() -> None:
     assert document["confusion"]["matrix"] == [[2, 1], [0, 6]]
     assert document["confusion"]["unparsed"] == [0, 1]
     assert found.lines() == [
-        "evaluated: 10 rows, 1 of them without a readable answer; 0 more have no expected value",
+        "evaluated: 10 rows, 1 of them without a readable answer",
         "accuracy: 0.800 (0.490 to 0.943), 95 % interval",
         found.lines()[2],
         "cost per correct answer: $0.0125 ($0.1 for 8 right by accuracy)",
