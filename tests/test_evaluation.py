@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from batchrun.job import load_job
+
 from .conftest import FakeProvider, Workspace
 
 Provide = Callable[..., FakeProvider]
@@ -185,7 +187,69 @@ def test_an_export_that_cannot_be_is_told(work: Workspace, provide: Provide) -> 
     for options, told in (
         (("--to", "x.xlsx"), "should end in .csv, .jsonl, .parquet"), (("--columns", "id"), "add --to FILE"),
         (("--to", "x.csv", "--columns", "nothing"), "there is no column 'nothing'"),
-        (("--to", "in.csv"), "is the input too"), (("--to", "/proc/x.csv"), "cannot be written"),
+        (("--to", "in.csv"), "is the input too"), (("--to", "out.parquet"), "is the output of the job itself"),
+        (("--to", "/proc/x.csv"), "cannot be written"),
     ):  # fmt: skip
         result = work.batchrun("export", "job.yaml", *options)
         assert (result.code in (2, 6), told in result.stderr) == (True, True), (options, result.stderr)
+
+
+def test_what_failed_is_left_out_of_the_evaluation_and_told(work: Workspace, provide: Provide) -> None:
+    provider = provide()
+    write(work, [("a", "positive", "positive"), ("b", "", "positive")])
+    with (work.folder / "in.csv").open("a", newline="", encoding="utf-8") as fp:
+        csv.writer(fp).writerow(["c", "positive", "a", 'c <<{"fail": [400]}>>'])
+    work.write_job(provider.base_url, labels=LABELS, evaluate={"expected": "gold"})
+    result = work.run("--json")
+    found = result.json["evaluation"]
+    assert (found["rows"], found["unanswered"], found["without_expected"]) == (1, 1, 1)
+    assert "left out: 1 failed or pending, 1 without an expected value" in result.stderr
+
+
+def test_dates_are_compared_and_an_output_of_some_columns_is_refused(work: Workspace, provide: Provide) -> None:
+    provider = provide()
+    with (work.folder / "in.csv").open("w", newline="", encoding="utf-8") as fp:
+        csv.writer(fp).writerows([["prompt", "when"], ["a", "2024-01-01"], ["b", "2024-01-02"]])
+    source = {"path": "in.csv", "columns": {"when": "date"}, "id": "when"}
+    evaluate = {"expected": "when", "metrics": ["exact_match"]}
+    work.write_job(provider.base_url, input=source, evaluate=evaluate)
+    assert work.run().code == 0
+    found = work.batchrun("compare", "job.yaml", "out.parquet", "--json")
+    assert (found.code, found.json["rows"]) == (0, 2), found.stderr
+    assert work.batchrun("export", "job.yaml", "--to", "some.parquet", "--columns", "when").code == 0
+    refused = work.batchrun("compare", "some.parquet", "job.yaml")
+    assert (refused.code, "has no column" in refused.stderr) == (2, True), refused.stderr
+
+
+def test_the_same_models_in_another_order_are_compared(work: Workspace, provide: Provide) -> None:
+    provider = provide()
+    work.write_rows(["a", "b"])
+    for name, models in (("one", ["m1", "m2"]), ("two", ["m2", "m1"])):
+        work.write_job(provider.base_url, model=models, output=f"{name}.parquet")
+        assert work.run().code == 0
+    found = work.batchrun("compare", "one.parquet", "two.parquet", "--json")
+    assert (found.code, found.json["rows"], found.json["changed"]["number"]) == (0, 4, 0), found.stderr
+
+
+def test_a_file_for_a_judge_leaves_the_users_own_columns(work: Workspace, provide: Provide) -> None:
+    provider = provide()
+    with (work.folder / "in.csv").open("w", newline="", encoding="utf-8") as fp:
+        csv.writer(fp).writerows([["prompt", "vote", "sample"], ['0 <<{"say": "positive"}>>', "v", "s"]])
+    output = {"path": "out.parquet", "prefix": "r_", "answer_prefix": "judged_"}
+    work.write_job(provider.base_url, labels=LABELS, samples=2, output=output)
+    assert work.run().code == 0
+    assert work.batchrun("init", "out.parquet").code == 0
+    settled = load_job(work.folder / "out.yaml").input.columns or {}
+    dropped = {name for name, setting in settled.items() if setting is None}
+    assert {"r_request_key", "judged_vote", "judged_agreement", "judged_parse_error"} <= dropped
+    assert not {"prompt", "vote", "sample"} & settled.keys()
+    assert work.batchrun("check", "out.yaml").code == 0
+
+
+def test_what_json_has_no_number_for_is_null_in_an_export(work: Workspace, provide: Provide) -> None:
+    (work.folder / "in.csv").write_text("prompt,x\na,nan\nb,1.5\n", encoding="utf-8")
+    work.write_job(provide().base_url, input={"path": "in.csv", "columns": {"x": "float64"}})
+    work.run()
+    assert work.batchrun("export", "job.yaml", "--to", "x.jsonl", "--columns", "x").code == 0
+    lines = (work.folder / "x.jsonl").read_text(encoding="utf-8").splitlines()
+    assert lines == ['{"x": null}', '{"x": 1.5}']

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import signal
+import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from decimal import Decimal
 from typing import Any
 
@@ -236,3 +238,141 @@ def test_faults_of_labels_and_schemas_are_told_before_anything_is_sent(work: Wor
         work.write_job(**keys)
         result = work.run()
         assert (result.code, told in result.stderr) == (2, True), (keys, result.stderr)
+
+
+def test_a_repair_stays_with_its_answer_wherever_the_row_goes(work: Workspace, provide: Provide) -> None:
+    (row,) = says(["hmm", "hmm", "positive"])
+    provider = provide(refuse_after=1)
+    work.write_rows([row])
+    work.write_job(provider.base_url, labels=LABELS, repair=2, concurrency=1)
+    assert work.run().code == 4
+    bill = provider.bill
+    for limit, rows in ((1, ['above <<{"say": "neutral"}>>', row]), (None, [*says("neutral"), row, "below"])):
+        provider.stop()
+        provider = provide(port=provider.port, **({"refuse_after": limit} if limit else {}))
+        work.write_rows(rows)
+        result = work.run("--json")
+        bill += provider.bill
+        assert result.json["usd_spent"] == bill, result.stderr
+        assert work.batchrun("verify", "job.yaml").code == 0
+    assert [row["label"] for row in work.rows()][1] == "positive"
+    # All three of its answers are paid for in its row.
+    assert work.rows()[1]["attempts"] >= 3
+    assert result.json["repairs"] >= 2
+
+
+def test_what_is_salvaged_goes_on_where_a_repair_was_wanted(work: Workspace, provide: Provide) -> None:
+    provider = provide(refuse_after=2)
+    work.write_rows(says(["hmm", "hmm", "positive"], ["hm", "hm", "negative"]))
+    work.write_job(provider.base_url, labels=LABELS, repair=2, concurrency=2)
+    assert work.run().code == 4
+    with closing(sqlite3.connect(work.ledger)) as db, db:
+        db.execute("UPDATE attempt SET latency_us = 1 WHERE attempt_id = 1")
+    assert work.batchrun("salvage", "job.yaml").code == 1
+    provider.stop()
+    provide(port=provider.port)
+    result = work.run("--json")
+    assert (result.code, result.json["ok"]) == (0, 2), result.stderr
+    assert work.batchrun("verify", "job.yaml").code == 0
+
+
+def test_more_repairs_are_made_for_answers_that_are_there_if_they_are_wanted(work: Workspace, provide: Provide) -> None:
+    provider = provide()
+    work.write_rows(says(["hmm", "positive"], "negative"))
+    work.write_job(provider.base_url, labels=LABELS)
+    assert work.run().code == 1
+    work.write_job(provider.base_url, labels=LABELS, repair=1, reuse=True)
+    # What was taken for nothing is asked again by a user's word alone.
+    result = work.run("--json")
+    assert (result.code, result.json["sent"], result.json["parse_errors"]) == (1, 0, 1)
+    result = work.run("--json", "--retry-failed")
+    assert (result.code, result.json["sent"], result.json["parse_errors"]) == (0, 2, 0)
+    # And so is an answer of the run's own.
+    work.write_rows(says(["ha", "ha", "neutral"]))
+    work.write_job(provider.base_url, labels=LABELS)
+    assert work.run().code == 1
+    work.write_job(provider.base_url, labels=LABELS, repair=2)
+    result = work.run("--json", "--retry-failed")
+    assert (result.code, result.json["sent"], result.json["repairs"]) == (0, 2, 2)
+    assert work.rows()[0]["label"] == "neutral"
+
+
+def test_a_stopped_breaker_lets_no_more_through_than_are_in_flight(work: Workspace, provide: Provide) -> None:
+    provider = provide()
+    work.write_rows(says(*["hmm"] * 100, *["positive"] * 100))
+    work.write_job(provider.base_url, labels=LABELS, canary=20, max_error_rate=0.1, concurrency=4)
+    asked = []
+    for _ in range(3):
+        result = work.run("--json")
+        assert (result.code, result.json["reason"]) == (3, "error_rate")
+        asked.append(result.json["sent"])
+    assert asked == [20, 4, 4]
+    # Without the limit it goes on to the end.
+    work.write_job(provider.base_url, labels=LABELS, concurrency=4)
+    assert work.run().code == 1
+    assert len(provider.requests) == 200
+
+
+def test_a_canary_counts_rows_with_all_their_samples(work: Workspace, provide: Provide) -> None:
+    provider = provide()
+    work.write_rows(says(*["hmm"] * 30))
+    work.write_job(provider.base_url, labels=LABELS, canary=5, max_error_rate=0.1, samples=3)
+    assert work.run().code == 3
+    assert len(provider.requests) == 15
+
+
+def test_a_repair_is_asked_for_in_the_form_that_was_asked_for(work: Workspace, provide: Provide) -> None:
+    provider = provide(keep_requests=True)
+    work.write_rows(says(["hmm", '{"label": "positive"}']))
+    work.env["OPENAI_API_KEY"] = "sk-x"
+    work.write_job(provider={"name": "openai", "base_url": provider.base_url}, labels=LABELS, repair=1)
+    assert work.run().code == 0
+    assert '"enum":["positive","negative","neutral"]' in provider.requests[-1]["body"]["messages"][-1]["content"]
+
+
+def test_a_property_named_like_another_column_is_refused(work: Workspace, provide: Provide) -> None:
+    provider = provide()
+    work.write_rows(["a"])
+    schema = {"type": "object", "properties": {"vote": {"type": "string"}, "n": {"type": "integer"}}}
+    work.write_job(provider.base_url, schema=schema, samples=2)
+    result = work.run()
+    assert result.code == 2
+    assert "'vote'" in result.stderr
+    assert provider.requests == []
+
+
+def test_a_vote_has_the_type_of_what_it_is_about(work: Workspace, provide: Provide) -> None:
+    provider = provide()
+    work.write_rows(says('{"ok": true}'))
+    work.write_job(provider.base_url, schema={"properties": {"ok": {"type": "boolean"}}}, samples=2)
+    assert work.run().code == 0
+    assert [row["vote"] for row in work.rows()] == [True, True]
+    work.write_rows(says('{"xs": ["a"]}'))
+    schema = {"properties": {"xs": {"type": "array", "items": {"type": "string"}}}}
+    work.write_job(provider.base_url, schema=schema, samples=2)
+    assert work.run().code == 0
+    assert [row["vote"] for row in work.rows()] == [["a"], ["a"]]
+
+
+def test_free_text_is_no_label_and_an_enum_in_an_object_is(work: Workspace, provide: Provide) -> None:
+    provider = provide()
+    work.write_rows(says(*(f'{{"mood": "good", "why": "{index}"}}' for index in range(3))))
+    schema = {"properties": {"mood": {"enum": ["good", "bad"]}, "why": {"type": "string"}}}
+    work.write_job(provider.base_url, schema=schema)
+    assert work.run("--json").json["labels"] == {"good": 3}
+    work.write_job(provider.base_url, schema={"type": "string"})
+    assert work.run("--json").json["labels"] == {}
+
+
+def test_an_output_is_verified_by_what_it_was_written_by(work: Workspace, provide: Provide) -> None:
+    provider = provide()
+    work.write_rows(says("positive"))
+    work.write_job(provider.base_url, labels=LABELS)
+    assert work.run().code == 0
+    work.write_job(provider.base_url, labels=[*LABELS, "mixed"])
+    assert work.batchrun("export", "job.yaml").code == 0
+    result = work.batchrun("verify", "job.yaml")
+    assert (result.code, "has changed" in result.stdout) == (0, False), result.stdout
+    work.write_job(provider.base_url, labels=LABELS)
+    result = work.batchrun("verify", "job.yaml")
+    assert (result.code, "the job file has changed since (labels)" in result.stdout) == (0, True), result.stdout

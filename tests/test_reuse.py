@@ -122,3 +122,30 @@ def test_a_cap_counts_what_was_paid_and_not_what_was_taken(work: Workspace, prov
     work.write_job(provider.base_url, reuse=True, budget={"usd": float(tight), "per": "month"})
     result = work.run("--json")
     assert (result.code, result.json["reused"]) == (0, 10), result.stderr
+
+
+def test_a_row_that_failed_takes_an_answer_that_is_there(work: Workspace, provide: Provide) -> None:
+    provider = provide()
+    work.write_rows(["a", "b", "c"])
+    work.write_job(provider.base_url, concurrency=1)
+    assert work.run().code == 0
+    provider.stop()
+    provider = provide(port=provider.port, p400=1.0, refuse_after=1)
+    work.write_rows(["a", "b", "c", "d"])
+    assert work.run().code == 4
+    provider.stop()
+    provider = provide(port=provider.port)
+    work.write_job(provider.base_url, concurrency=1, reuse=True)
+    result = work.run("--json")
+    assert (result.code, result.json["ok"], result.json["reused"]) == (0, 4, 3), result.stderr
+    assert [request["text"] for request in provider.requests] == ["d"]
+    assert work.batchrun("verify", "job.yaml").code == 0
+
+
+def test_a_repaired_answer_is_one_row_that_was_taken(work: Workspace, provide: Provide) -> None:
+    provider = provide()
+    work.write_rows(['0 <<{"say": ["hmm", "yes"]}>>', '1 <<{"say": "no"}>>'])
+    work.write_job(provider.base_url, labels=["yes", "no"], repair=1, reuse=True)
+    assert work.run().code == 0
+    result = work.run("--json")
+    assert (result.json["reused"], result.json["saved_usd"], result.json["sent"]) == (2, provider.bill, 0)

@@ -83,6 +83,12 @@ MESSY: list[tuple[Structure, str | None, Any]] = [
     (MOOD, "positive or negative", Refused("names several labels: 'positive', 'negative'")),
     (MOOD, "positive\nnegative", Refused("several labels")),
     (MOOD, "It may be positive. Answer: unclear", Refused("none of the labels: 'unclear'")),
+    (MOOD, "This is not positive.", Refused("does not clearly name 'positive'")),
+    (MOOD, "It isn’t positive", Refused("does not clearly name 'positive'")),
+    (MOOD, "Label: not positive", Refused("does not clearly name 'positive'")),
+    (MOOD, '{"label": "hardly positive"}', Refused("does not clearly name 'positive'")),
+    (MOOD, "Das ist nicht positive", Refused("does not clearly name 'positive'")),
+    (MOOD, "Not bad at all. I would say positive.", "positive"),
     (MOOD, "non-positive", Refused("none of the labels: 'non-positive'")),
     (MOOD, "positives", Refused("none of the labels")),
     (MOOD, '{"positive": false}', Refused("none of the labels")),
@@ -105,6 +111,11 @@ MESSY: list[tuple[Structure, str | None, Any]] = [
     (WORDS, '{"label": true}', "true"),
     (WORDS, "null", "null"),
     (WORDS, "Yes, based on the text.", Refused("several labels: 'yes', 'on'")),
+    (WORDS, "There is no doubt", Refused("does not clearly name 'no'")),
+    (WORDS, "No idea", Refused("does not clearly name 'no'")),
+    (WORDS, "on the one hand", Refused("does not clearly name 'on'")),
+    (WORDS, "The switch is on.", "on"),
+    (WORDS, "The switch is not on.", Refused("does not clearly name 'on'")),
     (WORDS, "no-one", Refused("none of the labels")),
     (WORDS, "None", Refused("none of the labels")),
     (MOOD, "**Answer:**\nIt is positive, I think.", "positive"),
@@ -137,6 +148,8 @@ MESSY: list[tuple[Structure, str | None, Any]] = [
     (ANY, '{"name": "two\nlines \\_ \\x41"}', {"name": "two\nlines \\_ A"}),
     (ANY, '{“name”: “Zoë”, "score": .5}', {"name": "Zoë", "score": 0.5}),
     (ANY, '{"name": "He said "hi" to me"}', {"name": 'He said "hi" to me'}),
+    (ANY, "{'age': 1, 'name': 'it's'}", Refused("broken JSON")),
+    (ANY, '{"name": "5" 6"}', Refused("broken JSON")),
     (ANY, '{"name": "x" "age": 3}', {"name": "x", "age": 3}),
     (ANY, '[{"name": "Ann"}]', {"name": "Ann"}),
     (ANY, '"{\\"name\\": \\"Ann\\"}"', {"name": "Ann"}),
@@ -574,3 +587,29 @@ def test_clean_answers_are_read_in_microseconds() -> None:
     # 0.05 and 6 on a quiet machine: it is to show what makes them slower.
     assert microseconds(MOOD, "positive") < 3
     assert microseconds(ANY, json.dumps(person)) < 40
+
+
+@pytest.mark.parametrize(
+    ("structure", "text", "expected"),
+    [
+        (MOOD, "positive", "positive"),
+        (MOOD, "Positive", "positive"),
+        (NEGATED, "not positive", "not positive"),
+        (Structure.of_labels(["pos", "positive"]), "pos", None),
+        (MOOD, "posi", None),
+        (MOOD, "It is neutral, becau", "neutral"),
+        (Structure.of_schema({"type": "integer"}), "12", None),
+        (Structure.of_schema({"type": "integer"}), '{"value": 12}', 12),
+        (Structure.of_schema({"enum": ["pos", "positive"]}), "pos", None),
+        (Structure.of_schema({"enum": ["pos", "positive"]}), '"pos"', "pos"),
+        (Structure.of_schema({"type": "string"}), "It goes o", None),
+        (ANY, '{"name": "Ann"}', {"name": "Ann"}),
+        (ANY, '{"name": "Ann", "age": 4', None),
+    ],
+)
+def test_what_was_cut_off_counts_only_where_nothing_can_have_followed(
+    structure: Structure, text: str, expected: Any
+) -> None:
+    found = structure.parse(text, is_cut=True)
+    assert found.value == expected
+    assert (found.error is None) == (expected is not None)
