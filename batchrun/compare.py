@@ -19,6 +19,7 @@ from batchrun.errors import JobError, StorageError
 from batchrun.intervals import require
 from batchrun.job import load_job
 from batchrun.ledger_view import LedgerView
+from batchrun.plain import plain_column
 from batchrun.plan import Plan
 from batchrun.sink import manifest_of
 from batchrun.spill import Spill
@@ -31,6 +32,7 @@ class _Row(NamedTuple):
     key: tuple[Any, ...]
     expected: Any
     answered: Any
+    is_ok: bool
     usd: float | None
     latency: float | None
 
@@ -56,7 +58,8 @@ class _Side:
         wanted = [f"{prefix}{name}" for name in ("requested_model", "status", "usd_spent", "latency_seconds")]
         number = -1
         for batch in self.batches:
-            if left_out := [name for name in (*wanted, *self.names["answers"]) if name not in batch.schema.names]:
+            needed = [*wanted, *self.names["answers"], *([names["id"]] if names["id"] is not None else [])]
+            if left_out := [name for name in needed if name not in batch.schema.names]:
                 raise JobError(f"{self.title}: has no column {left_out[0]!r}: compare an output that has all columns")
             columns = {name: batch.column(name).to_pylist() for name in wanted}
             samples = _column(batch, f"{prefix}sample")
@@ -71,7 +74,7 @@ class _Side:
                 key = (place, samples[index] or 0, *([model] if by_model else []))
                 answered = [column[index] for column in answers] if status == "ok" else [None]
                 said = answered[0] if len(answered) == 1 else dict(zip(self.names["answers"], answered, strict=True))
-                yield _Row(key, expected[index], said, usd, latency)
+                yield _Row(key, expected[index], said, status == "ok", usd, latency)
 
 
 def compare(first: str, second: str) -> Comparing:
@@ -103,11 +106,11 @@ def compare(first: str, second: str) -> Comparing:
                 missing += 1
                 continue
             compared += 1
-            expected, answered, usd, latency = other
+            expected, answered, is_ok, usd, latency = other
             place = row.key[0] if names["id"] is not None else row.key[0] + 1
             comparison.take(
                 place, row.expected if row.expected is not None else expected, row.answered, answered,
-                _exact(row.usd), _exact(usd), row.latency, latency,
+                row.is_ok and is_ok, _exact(row.usd), _exact(usd), row.latency, latency,
             )  # fmt: skip
         if not compared:
             raise JobError(f"{a.title} and {b.title} have no rows in common")
@@ -143,8 +146,7 @@ class Comparing:
 
 def _column(batch: pa.RecordBatch, name: str | None) -> list[Any]:
     index = batch.schema.get_field_index(name) if name is not None else -1
-    values: list[Any] = batch.column(index).to_pylist() if index >= 0 else [None] * batch.num_rows
-    return values
+    return plain_column(batch.column(index), name or "", 0) if index >= 0 else [None] * batch.num_rows
 
 
 def _exact(usd: float | None) -> Decimal | None:
@@ -163,8 +165,11 @@ def _parquet(path: Path) -> Iterator[_Side]:
     if manifest is None or "columns" not in manifest:
         raise JobError(f"{path}: is no output that batchrun has written: name a Parquet, a job file or JOB@RUN")
     models = manifest["model"] if isinstance(manifest["model"], list) else [manifest["model"]]
-    with pq.ParquetFile(path) as file:
-        yield _Side(f"run {manifest['run_id']} ({path})", manifest["columns"], models, file.iter_batches(8192))
+    try:
+        with pq.ParquetFile(path) as file:
+            yield _Side(f"run {manifest['run_id']} ({path})", manifest["columns"], models, file.iter_batches(8192))
+    except (OSError, pa.ArrowException) as exc:
+        raise StorageError(f"{path} cannot be read: {exc}") from exc
 
 
 @contextmanager

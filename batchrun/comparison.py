@@ -81,6 +81,8 @@ class Compared:
     """What two runs differ in."""
 
     rows: int
+    unanswered: int
+    """Of these, failed or pending in one of the runs: they count for dollars and seconds alone."""
     changed: Rows
     """Rows whose answers differ; without an expected value too."""
     right_by: str
@@ -98,13 +100,15 @@ class Compared:
 
     @property
     def agreement(self) -> float | None:
-        """The share of rows with the same answer; None without rows."""
-        return (self.rows - self.changed.number) / self.rows if self.rows else None
+        """The share of answered rows with the same answer; None without any."""
+        answered = self.rows - self.unanswered
+        return (answered - self.changed.number) / answered if answered else None
 
     def document(self) -> dict[str, Any]:
         """As plain values; dollars are exact decimals."""
         return {
             "rows": self.rows,
+            "unanswered": self.unanswered,
             "agreement": self.agreement,
             "changed": self.changed.document(),
             "right_by": self.right_by,
@@ -125,7 +129,8 @@ class Compared:
             else:
                 rows.append([name, f"{paired.a:.3f}", f"{paired.b:.3f}", str(paired.difference)])
         rows += self._sides()
-        lines = [f"compared: {self.rows} rows", f"changed answers: {self.changed}"]
+        left_out = f", {self.unanswered} of them failed or pending in one, and not judged" if self.unanswered else ""
+        lines = [f"compared: {self.rows} rows{left_out}", f"changed answers: {self.changed}"]
         if any(self.metrics.values()):
             lines += [
                 f"wrong → right by {self.right_by}: {self.gained}",
@@ -157,7 +162,7 @@ class Comparison:
     def __init__(self, metrics: Sequence[str]) -> None:
         self._metrics = metrics
         self._scorer = Scorer(scored(metrics) or [decisive(metrics)])
-        self._rows = 0
+        self._rows = self._unanswered = 0
         # By metric: how many pairs are (A wrong or right, B wrong or right).
         self._pairs: dict[str, Counter[tuple[bool, bool]]] = {metric: Counter() for metric in self._scorer.metrics}
         self._classes = ClassCounts()
@@ -171,20 +176,31 @@ class Comparison:
         expected: Any,
         answered_a: Any,
         answered_b: Any,
+        is_answered: bool,
         usd_a: Decimal | None,
         usd_b: Decimal | None,
         latency_a: float | None,
         latency_b: float | None,
     ) -> None:
-        """The next pair. Answers: None for what did not parse. Latencies in seconds."""
+        """The next pair.
+
+        Args:
+            answered_a, answered_b: None for what did not parse.
+            is_answered: False if a row failed or is pending in one of the runs: it is not judged.
+            latency_a, latency_b: seconds.
+        """
         self._rows += 1
+        self._a.take(usd_a, latency_a)
+        self._b.take(usd_b, latency_b)
+        if not is_answered:
+            self._unanswered += 1
+            return
         scores_a, scores_b = self._scorer.score(expected, answered_a), self._scorer.score(expected, answered_b)
         is_expected = is_stated(expected)
-        for side, answered, scores, usd, latency in (
-            (self._a, answered_a, scores_a, usd_a, latency_a),
-            (self._b, answered_b, scores_b, usd_b, latency_b),
-        ):
-            side.take(answered, usd, latency)
+        for side, answered, scores, usd in (
+            (self._a, answered_a, scores_a, usd_a), (self._b, answered_b, scores_b, usd_b),
+        ):  # fmt: skip
+            side.take_answer(answered)
             if is_expected:
                 side.take_score(scores[0], usd)
         if _answer(answered_a) != _answer(answered_b):
@@ -205,6 +221,7 @@ class Comparison:
         is_given_up = self._classes.is_given_up
         return Compared(
             self._rows,
+            self._unanswered,
             self._changed.rows(),
             decisive(self._metrics),
             {metric: self._paired(metric) for metric in self._metrics},
@@ -255,12 +272,15 @@ class _Side:
         self._expected_bill = Bill()
         self._latencies: Counter[int] = Counter()
 
-    def take(self, answered: Any, usd: Decimal | None, latency: float | None) -> None:
+    def take(self, usd: Decimal | None, latency: float | None) -> None:
         """The next row of it."""
-        self._unparsed += not is_stated(answered)
         self._bill.take(usd)
         if latency is not None:
             self._latencies[round(math.log(max(latency, _SHORTEST_SECONDS)) / _STEP)] += 1
+
+    def take_answer(self, answered: Any) -> None:
+        """That row has an answer in both."""
+        self._unparsed += not is_stated(answered)
 
     def take_score(self, score: float | None, usd: Decimal | None) -> None:
         """That row has an expected value."""

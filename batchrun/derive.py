@@ -17,6 +17,7 @@ from batchrun.evaluate import UNANSWERED, Evaluation, Evaluator
 from batchrun.intervals import require
 from batchrun.job import EvaluateSetting, Job
 from batchrun.money import from_pico
+from batchrun.plain import plain_column
 from batchrun.records import Outcome, RowSlots
 from batchrun.scores import score_names, vote
 from batchrun.shapes import Choice, Shape
@@ -228,13 +229,13 @@ class Derivation:
         values: Sequence[Any],
         votes: Sequence[Any],
     ) -> Iterator[pa.Array]:
-        wanted = rows.column(rows.schema.get_field_index(setting.expected)).to_pylist()
+        wanted = self._input_column(rows, setting.expected)
         # What has no answer yet, or will have none, is neither right nor wrong.
         expected = [
             value if outcome.is_ok or value is None else UNANSWERED
             for value, outcome in zip(wanted, outcomes, strict=True)
         ]
-        slices = {name: rows.column(rows.schema.get_field_index(name)).to_pylist() for name in setting.by}
+        slices = {name: self._input_column(rows, name) for name in setting.by}
         usd = [None if outcome.usd_pico is None else from_pico(outcome.usd_pico) for outcome in outcomes]
         if self._by_model:
             models = [slot.model for slot in self._slots.of(0)]
@@ -246,6 +247,9 @@ class Derivation:
             self._take_votes(expected, votes, slices, usd)
         for name in score_names(self._metrics):
             yield build(scores[name], pa.float64())
+
+    def _input_column(self, rows: pa.RecordBatch, name: str) -> list[Any]:
+        return plain_column(rows.column(rows.schema.get_field_index(name)), name, 0)
 
     def _take_votes(
         self, expected: Sequence[Any], votes: Sequence[Any], slices: Mapping[str, Sequence[Any]], usd: Sequence[Any]

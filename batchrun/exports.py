@@ -6,6 +6,7 @@ import csv
 import json
 import os
 from base64 import b64encode
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
@@ -18,6 +19,7 @@ import pyarrow as pa
 
 from batchrun.errors import JobError, StorageError, listed
 from batchrun.folders import appearing
+from batchrun.plain import plain_column
 from batchrun.sink import write_parquet
 
 ENDINGS = (".csv", ".jsonl", ".parquet")
@@ -34,6 +36,8 @@ def check_export(path: Path, columns: Sequence[str] | None, schema: pa.Schema) -
     for name in columns or ():
         if name not in schema.names:
             raise JobError(f"--columns: there is no column {name!r}: the columns are {listed(schema.names)}")
+    if columns and (twice := [name for name, number in Counter(columns).items() if number > 1]):
+        raise JobError(f"--columns: {twice[0]!r} stands there twice")
     return list(columns) if columns else list(schema.names)
 
 
@@ -66,14 +70,24 @@ def _write_text(path: Path, batches: Iterable[pa.RecordBatch], writer_of: Callab
         raise StorageError(f"{path} cannot be written: {exc.strerror or exc}") from exc
 
 
+class _UnixLines:
+    """Ends lines with \\n. Of csv's own line ends only \\r\\n has it put texts with a lone \\r into quotes."""
+
+    def __init__(self, fp: IO[str]) -> None:
+        self._fp = fp
+
+    def write(self, line: str) -> None:
+        self._fp.write(f"{line[:-2]}\n")
+
+
 class _CsvWriter:
     def __init__(self, fp: IO[str], names: Sequence[str]) -> None:
-        self._writer = csv.writer(fp, lineterminator="\n")
+        self._writer = csv.writer(_UnixLines(fp), lineterminator="\r\n")
         self._writer.writerow(names)
 
     def write(self, batch: pa.RecordBatch) -> None:
         """The next rows."""
-        columns = [[_cell(value) for value in column.to_pylist()] for column in batch.columns]
+        columns = [[_cell(value) for value in values] for values in _values(batch)]
         self._writer.writerows(zip(*columns, strict=True))
 
 
@@ -84,7 +98,7 @@ class _JsonlWriter:
 
     def write(self, batch: pa.RecordBatch) -> None:
         """The next rows."""
-        for values in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+        for values in zip(*_values(batch), strict=True):
             row = dict(zip(self._names, values, strict=True))
             try:
                 line = json.dumps(row, ensure_ascii=False, default=_plain, allow_nan=False)
@@ -92,6 +106,11 @@ class _JsonlWriter:
                 line = json.dumps(_finite(row), ensure_ascii=False, default=_plain)
             self._fp.write(line)
             self._fp.write("\n")
+
+
+def _values(batch: pa.RecordBatch) -> list[list[Any]]:
+    pairs = zip(batch.columns, batch.schema.names, strict=True)
+    return [plain_column(column, name, 0) for column, name in pairs]
 
 
 def _finite(value: Any) -> Any:

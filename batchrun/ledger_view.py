@@ -458,7 +458,11 @@ _REUSED = (
     "CASE outcome WHEN 'ok' THEN 0 END AS usd_pico, CASE outcome WHEN 'ok' THEN 'reused' END AS cost_source, "
     "0 AS held_pico FROM reused JOIN charged ON charged.run = source_run AND charged.row_index = source_row "
     "AND charged.model = reused.model AND charged.sample = reused.sample AND charged.key = reused.key "
-    "WHERE reused.run = :run AND reused.row_index >= :start AND reused.row_index < :stop AND final"
+    "WHERE reused.run = :run AND reused.row_index >= :start AND reused.row_index < :stop AND final "
+    # What is to be asked again decides nothing yet.
+    "AND NOT (source_run = :run AND EXISTS (SELECT 1 FROM repair_wanted WHERE repair_wanted.run = :run "
+    "AND repair_wanted.row_index = source_row AND repair_wanted.model = reused.model "
+    "AND repair_wanted.sample = reused.sample AND repair_wanted.key = reused.key))"
 )
 _CHUNK_ROWS = 1024
 _HAS_OWN = (

@@ -15,10 +15,11 @@ import pyarrow as pa
 from batchrun import local
 from batchrun.answers import result_schema
 from batchrun.derive import Derivation, structure_of
-from batchrun.errors import InputError, JobError
+from batchrun.errors import JobError
 from batchrun.job import Job
 from batchrun.ledger import Ledger
 from batchrun.ledger_view import LedgerView, Run, SlotState
+from batchrun.plain import plain_rows
 from batchrun.providers import Endpoint, resolve
 from batchrun.rates import prompt_tokens
 from batchrun.records import Asked, Request, RowFault, RowSlots, Slot
@@ -69,6 +70,7 @@ class Plan:
         self.reviews = Reviews(structure_of(job), templates, job.repair)
         derived = self.derivation().schema
         self._refuse_collisions(derived)
+        self._judged = [job.evaluate.expected, *job.evaluate.by] if job.evaluate is not None else []
         self.schema = pa.schema([*self.source.schema, *self.result_schema, *derived])
         check_schema(self.schema)
 
@@ -174,6 +176,7 @@ class Plan:
         for batch in self.source.batches():
             if self.job.input.id is not None:
                 self._refuse_twice(batch, self.job.input.id, unique)
+            _plain_rows(batch, self._judged)
             yield batch
 
     def _is_alike(self, batch: Batch) -> bool:
@@ -321,27 +324,7 @@ def _is_wanted(state: SlotState | None, retry_failed: bool) -> bool:
 
 def _plain_rows(batch: Batch, columns: list[str]) -> list[dict[str, Any]]:
     """Rows as a template sees them."""
-    names = list(dict.fromkeys(columns))
-    try:
-        rows: list[dict[str, Any]] = batch.rows.select(names).to_pylist()
-    except (ValueError, OverflowError, pa.ArrowException) as exc:
-        raise InputError(_unusable(batch, names)) from exc
-    return rows or [{} for _ in range(batch.rows.num_rows)]
-
-
-def _unusable(batch: Batch, names: list[str]) -> str:
-    """Which value Python has no word for, such as a date beyond the year 9999."""
-    for name in names:
-        column = batch.rows.column(name)
-        for index in range(len(column)):
-            try:
-                column[index].as_py()
-            except Exception as exc:  # noqa: BLE001 - whatever Arrow raises, this is the value
-                mend = f"cast it by input: {{columns: {{{name}: string}}}}, or leave it out of the prompt"
-                return (
-                    f"row {batch.start + index + 1}: the column {name!r} ({column.type}) cannot be used: {exc}: {mend}"
-                )
-    return f"a value in the rows from {batch.start + 1} on cannot be used in a prompt"
+    return plain_rows(batch.rows.select(list(dict.fromkeys(columns))), batch.start)
 
 
 def place(plan: Plan, ledger: Ledger, run: Run) -> int:

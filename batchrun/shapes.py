@@ -324,7 +324,7 @@ class Free(Shape):
 
 
 _DIGITS = re.compile(r"\s*[-+]?[0-9]{1,4000}\s*")
-_NUMERAL = re.compile(r"\s*[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?\s*")
+_NUMERAL = re.compile(r"\s*[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?\s*")
 
 
 def _number_of(text: str) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Mapping
@@ -63,17 +64,20 @@ def write_starter(data: Path, path: Path) -> Path:
     if source.is_own_output:
         # The result columns of that job would stand in the way of this one's.
         response = f"{columns['prefix']}response" if columns else "response"
-        renamed = [name for name in (response, *answers) if name in source.columns]
+        renamed: dict[str, str] = {}
+        for name in (response, *answers):
+            if name in source.columns:
+                renamed[name] = _free(f"earlier_{name}", {*kept, *renamed.values()})
         dropped = [name for name in source.columns if name not in (*kept, *renamed)]
         pairs = ", ".join([
-            *(f"{_text(name)}: {{name: {_text(f'earlier_{name}')}}}" for name in renamed),
+            *(f"{_text(name)}: {{name: {_text(new)}}}" for name, new in renamed.items()),
             *(f"{_text(name)}: null" for name in dropped),
         ])  # fmt: skip
         reading = (
             "# Written by batchrun: its own result columns are dropped or renamed.\n"
             f"input:\n  path: {_text(relative)}\n  columns: {{{pairs}}}"
         )
-        columns = [*kept, *(f"earlier_{name}" for name in renamed)]
+        columns = [*kept, *renamed.values()]
     else:
         reading, columns = f"input: {_text(relative)}", kept
     text = _TEMPLATE.format(
@@ -91,6 +95,12 @@ def write_starter(data: Path, path: Path) -> Path:
     except OSError as exc:
         raise StorageError(f"{path} cannot be written: {exc.strerror or exc}") from exc
     return path
+
+
+def _free(name: str, taken: set[str]) -> str:
+    """The name, or with a number what is not taken yet."""
+    numbered = (f"{name}_{number}" for number in itertools.count(2))
+    return name if name not in taken else next(other for other in numbered if other not in taken)
 
 
 def _answers(columns: Mapping[str, Any]) -> list[str]:

@@ -60,7 +60,7 @@ def evaluated(
 def compared(triples: Sequence[tuple[Any, Any, Any]], metrics: Sequence[str] = ("accuracy", "f1")) -> Compared:
     comparison = Comparison(metrics)
     for row, (expected, one, other) in enumerate(triples, 1):
-        comparison.take(row, expected, one, other, CENT, 2 * CENT, 1.0, 2.0)
+        comparison.take(row, expected, one, other, True, CENT, 2 * CENT, 1.0, 2.0)
     return comparison.result()
 
 
@@ -667,9 +667,9 @@ def test_the_cost_per_correct_answer_is_of_the_rows_with_an_expected_value() -> 
 
 def test_a_comparison_without_expected_values_still_tells_what_changed() -> None:
     comparison = Comparison([])
-    comparison.take("r1", None, "a", "a ", CENT, CENT, 1.0, 2.0)
-    comparison.take("r2", None, 1, 1.0, CENT, None, None, 4.0)
-    comparison.take("r3", None, None, "b", None, 3 * CENT, 3.0, 6.0)
+    comparison.take("r1", None, "a", "a ", True, CENT, CENT, 1.0, 2.0)
+    comparison.take("r2", None, 1, 1.0, True, CENT, None, None, 4.0)
+    comparison.take("r3", None, None, "b", True, None, 3 * CENT, 3.0, 6.0)
     found = comparison.result()
     assert (found.rows, found.agreement, found.changed.first) == (3, 2 / 3, ("r3",))
     assert (found.a.usd, found.a.unknown_cost, found.b.usd, found.b.unknown_cost) == (2 * CENT, 1, 4 * CENT, 1)
@@ -711,7 +711,7 @@ def test_too_many_classes_leave_f1_out_of_a_comparison() -> None:
 def test_quantiles_of_latency_are_true_to_a_twentieth_of_a_percent(latencies: list[float]) -> None:
     comparison = Comparison([])
     for seconds in latencies:
-        comparison.take(0, None, None, None, None, None, seconds, None)
+        comparison.take(0, None, None, None, True, None, None, seconds, None)
     side = comparison.result().a
     ordered = sorted(latencies)
     for share, found in ((0.5, side.median_seconds), (0.95, side.p95_seconds)):

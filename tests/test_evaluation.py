@@ -10,6 +10,8 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from batchrun.job import load_job
@@ -253,3 +255,67 @@ def test_what_json_has_no_number_for_is_null_in_an_export(work: Workspace, provi
     assert work.batchrun("export", "job.yaml", "--to", "x.jsonl", "--columns", "x").code == 0
     lines = (work.folder / "x.jsonl").read_text(encoding="utf-8").splitlines()
     assert lines == ['{"x": null}', '{"x": 1.5}']
+
+
+def test_what_failed_in_one_of_two_runs_is_not_judged(work: Workspace, provide: Provide) -> None:
+    provider = provide()
+    with (work.folder / "in.csv").open("w", newline="", encoding="utf-8") as fp:
+        csv.writer(fp).writerow(["id", "gold", "prompt"])
+        for index in range(6):
+            script = {"say": "positive", "fail": [400] if index % 2 else []}
+            csv.writer(fp).writerow([index, "positive", f"{index} <<{json.dumps(script)}>>"])
+    work.write_job(provider.base_url, labels=LABELS, evaluate={"expected": "gold"})
+    result = work.run("--json")
+    assert result.json["evaluation"]["metrics"]["accuracy"]["value"] == 1
+    found = work.batchrun("compare", "out.parquet", "job.yaml", "--json").json
+    assert (found["rows"], found["unanswered"], found["metrics"]["accuracy"]["a"]) == (6, 3, 1)
+    assert found["a"]["usd"] == provider.bill
+
+
+@pytest.mark.parametrize("key", ["expected", "by"])
+def test_a_value_that_cannot_be_judged_is_told_before_anything_is_sent(
+    work: Workspace, provide: Provide, key: str
+) -> None:
+    provider = provide()
+    far = pa.array([0, 10_000_000], pa.int32()).cast(pa.date32())
+    table = pa.table({"prompt": ["a", "b"], "when": far, "gold": ["x", "y"]})
+    pq.write_table(table, work.folder / "in.parquet")
+    evaluate = {"expected": "when"} if key == "expected" else {"expected": "gold", "by": ["when"]}
+    work.write_job(provider.base_url, input="in.parquet", evaluate=evaluate)
+    result = work.run()
+    assert (result.code, "row 2: the column 'when' (date32[day]) cannot be used" in result.stderr) == (2, True)
+    assert provider.requests == []
+    # Parquet keeps it; a text has no words for it.
+    work.write_job(provider.base_url, input="in.parquet")
+    assert work.run().code == 0
+    assert work.batchrun("export", "job.yaml", "--to", "x.parquet").code == 0
+    refused = work.batchrun("export", "job.yaml", "--to", "x.csv")
+    assert (refused.code, "'when'" in refused.stderr) == (2, True), refused.stderr
+
+
+def test_a_lone_carriage_return_tears_no_row_of_an_export(work: Workspace, provide: Provide) -> None:
+    work.write_rows([f"0 <<{json.dumps({'say': chr(13).join('ab')})}>>", "1"])
+    work.write_job(provide().base_url)
+    assert work.run().code == 0
+    assert work.batchrun("export", "job.yaml", "--to", "x.csv", "--columns", "response,status").code == 0
+    with (work.folder / "x.csv").open(newline="", encoding="utf-8") as fp:
+        rows = list(csv.reader(fp))
+    assert rows[1] == ["a\rb", "ok"]
+    assert len(rows) == 3
+    assert b"\r\n" not in (work.folder / "x.csv").read_bytes()
+
+
+def test_a_judge_of_a_judge_has_columns_of_its_own(work: Workspace, provide: Provide) -> None:
+    provider = provide()
+    work.write_rows(['0 <<{"say": "positive"}>>'])
+    work.write_job(provider.base_url, labels=LABELS)
+    assert work.run().code == 0
+    for data, name in (("out.parquet", "one"), ("outputs/one.parquet", "two")):
+        judge = work.folder / f"{name}.yaml"
+        assert work.batchrun("init", data, "--output", judge.name).code == 0
+        aimlapi = f"provider: {{name: aimlapi, base_url: {provider.base_url!r}}}"
+        judge.write_text(judge.read_text(encoding="utf-8").replace("provider: local", aimlapi), encoding="utf-8")
+        result = work.batchrun(judge.name)
+        assert result.code == 0, result.stderr
+    names = pq.read_schema(work.folder / "outputs" / "two.parquet").names
+    assert {"earlier_response", "earlier_response_2", "response"} <= set(names)

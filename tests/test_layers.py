@@ -11,7 +11,7 @@ FLOORS = [
     {"errors", "usage", "sse", "columns", "uniqueness", "documents", "folders", "form", "inflate", "scrub"}
     | {"sandbox", "tables", "evidence", "spill"},
     {"money", "providers", "jobfile", "lock", "migrations", "casts", "textfile", "jsonl", "scores", "intervals"}
-    | {"tolerant"},
+    | {"tolerant", "plain"},
     {"records", "job", "prices", "projection", "fetch", "bill", "confusion", "labels"},
     {"failures", "ledger_view", "transport", "files", "shapes"},
     {"wire", "accounts", "schemas"},

@@ -558,6 +558,8 @@ HOSTILE = {
     "what json-repair takes the square for": "{" + '["' * 2000 + '"]' * 2000 + "}",
     "nested deeply where a label is wanted": '{"label": ' + "[" * 900 + "]" * 900 + "}",
     "nested objects where a label is wanted": '{"label": ' * 900 + "1" + "}" * 900,
+    "digits that run on": "3" * 100_000 + " stars",
+    "many keys, the last one twice": "{" + "".join(f'"k{number}":0,' for number in range(40_000)) + '"k39999":1}',
     "a long number": '{"name": "a", "age": ' + "1" * 1_000_000 + "}",
     "a long number as text": '{"name": "a", "age": "' + "1" * 100_000 + '"}',
 }
