@@ -47,6 +47,30 @@ def test_the_shipped_job_asks_a_real_model(shipped: Workspace) -> None:
 
 
 @needs_model
+def test_labels_that_the_server_holds_the_model_to_all_parse_and_a_judge_reads_them(shipped: Workspace) -> None:
+    from scipy.stats import binomtest
+    from sklearn.metrics import accuracy_score, confusion_matrix
+
+    result = shipped.batchrun("jobs/label-local.yaml", "--json")
+    assert (result.code, result.json["parse_errors"]) == (0, 0), result.stderr
+    rows = shipped.rows(shipped.folder / "outputs" / "label-local.parquet")
+    gold, said = [row["expected"] for row in rows], [row["label"] for row in rows]
+    assert set(said) <= {"positive", "negative"}
+    found = result.json["evaluation"]
+    accuracy = found["metrics"]["accuracy"]
+    right = accuracy_score(gold, said, normalize=False)
+    interval = binomtest(int(right), len(rows)).proportion_ci(0.95, "wilson")
+    told = [float(accuracy[name]) for name in ("value", "low", "high")]
+    assert told == pytest.approx([right / len(rows), interval.low, interval.high])
+    assert found["confusion"]["matrix"] == confusion_matrix(gold, said, labels=found["confusion"]["labels"]).tolist()
+    assert f"{right / len(rows):.3f}" in result.stderr
+    # The next run asks only what is new.
+    assert shipped.batchrun("jobs/label-local.yaml", "--json").json["sent"] == 0
+    judged = shipped.batchrun("jobs/judge.yaml", "--sample", "5", "--json")
+    assert (judged.code, judged.json["ok"], judged.json["parse_errors"]) == (0, 5, 0), judged.stderr
+
+
+@needs_model
 def test_an_interrupted_local_run_goes_on_although_the_port_is_another(shipped: Workspace) -> None:
     with shipped.start("jobs/eval.yaml") as process:
         time.sleep(4)
