@@ -1,0 +1,269 @@
+"""What runs cost, as pandas DataFrames.
+
+    >>> import batchrun.report
+    >>> report = batchrun.report.load("outputs/")                  # doctest: +SKIP
+    >>> report.runs[["job", "run_id", "usd_spent"]]                # doctest: +SKIP
+    >>> report.spend.groupby("day")["usd_spent"].sum()             # doctest: +SKIP
+
+Dollars are exact: columns of `decimal.Decimal`, whose sums are those of the ledger to the last digit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from batchrun.errors import JobError, StorageError
+from batchrun.ledger_view import LedgerView
+from batchrun.money import DERIVED, REPORTED
+from batchrun.sink import manifest_of
+from batchrun.spend import Part, RunSpend, read_ledger, share
+
+_MAGIC = b"SQLite format 3\0"
+_LEDGERS = (".sqlite", ".sqlite3", ".db")
+RATIOS = ("usd_per_1000_rows", "usd_per_ok_row", "rows_per_second")
+RUN_COLUMNS = (*(one.name for one in dataclasses.fields(RunSpend)), *RATIOS, "change", "ledger", "output", "evaluation")
+SPEND_COLUMNS = ("job", "provider", *(one.name for one in dataclasses.fields(Part)))
+
+
+@dataclass(frozen=True)
+class Report:
+    """Runs, and what they are made of.
+
+    Attributes:
+        runs: a row for each run, from the oldest to the newest. Its columns are the fields of `batchrun.spend.RunSpend`
+            and: `usd_per_1000_rows` and `usd_per_ok_row` (exact dollars; None without such rows), `rows_per_second`,
+            `change` (of dollars per 1,000 rows against the job's run before it: 0.1 is a tenth more), `ledger` and
+            `output` (the files; None where there is none), `evaluation` (the manifest's, a dict; None without).
+        spend: a row for each run, model, day (UTC), outcome, kind and cost source of attempts. Its columns are `job`,
+            `provider` and the fields of `batchrun.spend.Part`. Runs that are known by their Parquet alone are not here.
+        notes: what could not be read, and why.
+    """
+
+    runs: pd.DataFrame
+    spend: pd.DataFrame
+    notes: list[str]
+
+    @property
+    def totals(self) -> dict[str, Any]:
+        """Sums over all runs."""
+        sums = {name: int(self.runs[name].sum()) for name in _COUNTED}
+        usd = {name: sum(self.runs[name], Decimal(0)) for name in _SUMMED}
+        most = list(self.runs["usd_unknown_at_most"])
+        return {
+            "runs": len(self.runs),
+            **sums,
+            **usd,
+            "usd_unknown_at_most": sum(most, Decimal(0)) if None not in most else None,
+            "usd_per_1000_rows": share(usd["usd_spent"] * 1000, sums["ok"] + sums["failed"]),
+            "usd_per_ok_row": share(usd["usd_spent"], sums["ok"]),
+        }
+
+
+_COUNTED = (
+    "rows", "ok", "failed", "pending", "reused", "attempts", "prompt_tokens", "completion_tokens", "total_tokens",
+    "cached_tokens", "unknown_attempts",
+)  # fmt: skip
+_SUMMED = ("usd_spent", "usd_reported", "usd_estimated", "usd_wasted")
+
+
+def load(*paths: str | os.PathLike[str], since: datetime | None = None, runs: Sequence[str] = ()) -> Report:
+    """What the runs cost that are on record in some places.
+
+    Args:
+        paths: ledgers, outputs (Parquet), or folders; in a folder all ledgers are read, and outputs only of runs that
+            none of them has. `outputs` if there are none.
+        since: runs that began before it are left out.
+        runs: run ids, or how they begin; only those runs.
+
+    Raises:
+        JobError: a path is none of these.
+        StorageError: a file that was named cannot be read.
+    """
+    places = _Places([Path(path) for path in paths or ("outputs",)])
+    found: dict[str, _Found] = {}
+    for path in places.ledgers:
+        try:
+            with closing(LedgerView.read(path)) as ledger:
+                spend = read_ledger(ledger, since=since, runs=runs)
+        except StorageError as exc:
+            if path in places.named:
+                raise
+            places.notes.append(f"left out: {exc}")
+            continue
+        for run in spend.runs:
+            known = found.get(run.run_id)
+            if known is not None:
+                places.notes.append(f"run {run.run_id} is in {known.ledger} and in {path}: the one with more was taken")
+            if known is None or run.attempts > known.run.attempts:
+                parts = [part for part in spend.parts if part.run_id == run.run_id]
+                found[run.run_id] = _Found(run, path, parts)
+    for path in places.outputs:
+        manifest = manifest_of(path)
+        if manifest is None:
+            if path in places.named:
+                raise JobError(f"{path}: is no output that batchrun has written")
+            continue
+        run_id = str(manifest["run_id"])
+        if run_id in found:
+            found[run_id].output, found[run_id].manifest = path, manifest
+        elif _is_wanted(run_id, since, runs):
+            found[run_id] = _Found(_of_manifest(manifest), None, [], path, manifest)
+    ordered = sorted(found.values(), key=lambda one: (one.run.started_at, one.run.run_id))
+    return Report(_runs_frame(ordered), _spend_frame(ordered), places.notes)
+
+
+@dataclass
+class _Found:
+    run: RunSpend
+    ledger: Path | None
+    parts: list[Part]
+    output: Path | None = None
+    manifest: dict[str, Any] = field(default_factory=dict)
+
+
+class _Places:
+    """The files that paths stand for."""
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        self.notes: list[str] = []
+        self.named: set[Path] = set()
+        ledgers: dict[Path, Path] = {}
+        outputs: dict[Path, Path] = {}
+        for path in paths:
+            if not path.exists():
+                raise JobError(f"{path}: there is no such file or folder")
+            if path.is_dir():
+                files: Iterator[Path] = (Path(top, name) for top, _, names in os.walk(path) for name in sorted(names))
+            else:
+                self.named.add(path)
+                files = iter([path])
+            for file in files:
+                kind = _kind(file)
+                if kind is not None:
+                    (ledgers if kind == "ledger" else outputs).setdefault(file.resolve(), file)
+                elif path == file:
+                    raise JobError(f"{path}: is neither a ledger nor a Parquet nor a folder")
+            if not path.is_dir() and _kind(path) == "ledger":
+                # Its outputs are mostly beside it.
+                for file in sorted(path.parent.glob("*.parquet")):
+                    outputs.setdefault(file.resolve(), file)
+        self.ledgers, self.outputs = list(ledgers.values()), list(outputs.values())
+
+
+def _kind(path: Path) -> str | None:
+    if path.suffix == ".parquet":
+        return "output"
+    if path.suffix not in _LEDGERS or path.name.startswith("."):
+        return None
+    try:
+        with path.open("rb") as fp:
+            return "ledger" if fp.read(len(_MAGIC)) == _MAGIC else None
+    except OSError:
+        return None
+
+
+def _is_wanted(run_id: str, since: datetime | None, runs: Sequence[str]) -> bool:
+    is_late = since is None or _began(run_id) >= since
+    return is_late and (not runs or any(run_id.startswith(beginning) for beginning in runs))
+
+
+def _began(run_id: str) -> datetime:
+    """When a run began: its id says it."""
+    try:
+        return datetime.strptime(run_id[:16], "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC)
+    except ValueError:
+        return datetime.fromtimestamp(0, UTC)
+
+
+def _of_manifest(manifest: dict[str, Any]) -> RunSpend:
+    """A run that only its output tells of."""
+    models = manifest["model"]
+    sources: dict[str, Any] = manifest.get("usd_by_source") or {}
+    usd = {source: Decimal(str(amount)) for source, amount in sources.items()}
+    most = manifest.get("unknown_usd_at_most")
+    began = _began(str(manifest["run_id"]))
+    return RunSpend(
+        job=manifest["job"],
+        run_id=manifest["run_id"],
+        provider=manifest["provider"],
+        model=", ".join(models) if isinstance(models, list) else str(models),
+        state="finished" if manifest.get("complete") else "open",
+        reason=manifest.get("reason"),
+        exit_code=None,
+        started_at=began,
+        ended_at=None,
+        seconds=0.0,
+        rows=manifest["rows"],
+        ok=manifest["ok"],
+        failed=manifest["failed"],
+        pending=manifest["pending"],
+        reused=manifest.get("reused", 0),
+        attempts=manifest["attempts"],
+        in_flight=0,
+        prompt_tokens=manifest["prompt_tokens"],
+        completion_tokens=manifest["completion_tokens"],
+        total_tokens=manifest["total_tokens"],
+        cached_tokens=manifest["cached_tokens"],
+        usd_spent=Decimal(str(manifest["usd_spent"])),
+        usd_reported=sum((usd.get(source, Decimal(0)) for source in REPORTED), Decimal(0)),
+        usd_estimated=sum((usd.get(source, Decimal(0)) for source in DERIVED), Decimal(0)),
+        unknown_attempts=manifest["unknown_cost_attempts"],
+        usd_unknown_at_most=Decimal(str(most)) if most is not None else None,
+        usd_wasted=Decimal(str(manifest.get("repair_usd", 0))),
+        budget_usd=None,
+        budget_per=None,
+        budget_used=None,
+    )
+
+
+def _runs_frame(found: Sequence[_Found]) -> pd.DataFrame:
+    rows = []
+    before: dict[str, Decimal | None] = {}
+    for one in found:
+        run = one.run
+        cost, earlier = run.usd_per_1000_rows, before.get(run.job)
+        rows.append({
+            **{name: getattr(run, name) for name in RUN_COLUMNS[: -len(RATIOS) - 4]},
+            **{name: getattr(run, name) for name in RATIOS},
+            "change": float(cost / earlier - 1) if cost is not None and earlier else None,
+            "ledger": str(one.ledger) if one.ledger is not None else None,
+            "output": str(one.output) if one.output is not None else None,
+            "evaluation": one.manifest.get("evaluation"),
+        })  # fmt: skip
+        if cost is not None:
+            before[run.job] = cost
+    return _frame(rows, RUN_COLUMNS)
+
+
+def _spend_frame(found: Sequence[_Found]) -> pd.DataFrame:
+    rows = [
+        {"job": one.run.job, "provider": one.run.provider, **dataclasses.asdict(part)}
+        for one in found
+        for part in one.parts
+    ]
+    return _frame(rows, SPEND_COLUMNS)
+
+
+def _frame(rows: list[dict[str, Any]], columns: Sequence[str]) -> pd.DataFrame:
+    # Column by column: pandas would make floats of None and NaT of no moment.
+    return pd.DataFrame(
+        {name: pd.Series([row[name] for row in rows], dtype=_DTYPES.get(name, "object")) for name in columns}
+    )
+
+
+_DTYPES = dict.fromkeys(
+    ("rows", "ok", "failed", "pending", "reused", "attempts", "in_flight", "prompt_tokens", "completion_tokens",
+     "total_tokens", "cached_tokens", "unknown_attempts"),
+    "int64",
+) | {"seconds": "float64", "started_at": "datetime64[us, UTC]", "ended_at": "datetime64[us, UTC]", "is_repair": "bool",
+     "rows_per_second": "float64", "change": "float64"}  # fmt: skip
