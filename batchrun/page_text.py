@@ -1,4 +1,4 @@
-"""Names, texts and numbers as a page shows them: bounded, on a known number of lines, free of what no document may hold."""
+"""Names, texts and numbers as a page shows them: bounded, on one line or few, free of what none may hold."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from batchrun.money import usd_text
-from batchrun.tables import shown
+from batchrun.tables import columns
 
 _DIGITS = 4
 _NAME, _LABEL = 80, 40
 _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
-# What HTML forbids: controls but tab and line feed, surrogates (UTF-8 has no bytes for them), the two noncharacters. And
-# the overrides, by which a text is read as another than it is.
+# What HTML forbids: controls but tab and line feed, surrogates (UTF-8 has no bytes for them), the two noncharacters.
+# And the overrides, by which a text is read as another than it is.
 _FORBIDDEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202d\u202e\ud800-\udfff\ufffe\uffff]")
 _BREAKS = re.compile(r"\r\n?")
 _BLANKS = re.compile(r"\s+")
@@ -62,7 +62,11 @@ def name(text: Any, most: int = _NAME) -> str:
 
 def label(text: Any, most: int = _LABEL) -> str:
     """A name within a chart, where nothing wraps; what is written from right to left keeps to itself."""
-    line = shown(_BLANKS.sub(" ", str(text)[: 4 * most]).strip(), most)
+    line = name(text, most)
+    if columns(line) > most:
+        while columns(line) >= most:
+            line = line[:-1]
+        line += "…"
     return line if line.isascii() else f"\u2068{line}\u2069"
 
 
@@ -100,15 +104,15 @@ def month(number: int) -> str:
 
 
 def took(seconds: float) -> str:
-    """How long something took.
+    """How long something took; it is not broken into lines.
 
     >>> took(5.04), took(125), took(7325)
-    ('5.0 s', '2 m 05 s', '2 h 02 m')
+    ('5.0\\xa0s', '2\\xa0m\\xa005\\xa0s', '2\\xa0h\\xa002\\xa0m')
     """
     whole = round(seconds)
     if whole >= 3600:
-        return f"{whole // 3600} h {whole % 3600 // 60:02} m"
-    return f"{whole // 60} m {whole % 60:02} s" if whole >= 60 else f"{seconds:.1f} s"
+        return f"{whole // 3600}\xa0h\xa0{whole % 3600 // 60:02}\xa0m"
+    return f"{whole // 60}\xa0m\xa0{whole % 60:02}\xa0s" if whole >= 60 else f"{seconds:.1f}\xa0s"
 
 
 def given(value: Any) -> Any:

@@ -9,11 +9,11 @@ from decimal import Decimal
 from typing import Any, NamedTuple
 
 from batchrun.money import usd_text
-from batchrun.page_text import day as day_text
 from batchrun.page_text import average, given, label, month, name, usd
+from batchrun.page_text import day as day_text
 from batchrun.report import Report
 from batchrun.spend import IN_FLIGHT
-from batchrun.spend_details import Details, Seconds
+from batchrun.spend_details import Details
 
 MOST_MODELS = 6
 MOST_BUCKETS = 36
@@ -55,7 +55,7 @@ class Line(NamedTuple):
     """A second line of it, or nothing."""
     name: str
     """For a table."""
-    values: list[float | None]
+    values: list[float]
 
 
 class Step(NamedTuple):
@@ -103,18 +103,19 @@ def over_time(report: Report) -> tuple[Stack | None, Stack | None]:
 
 
 def seconds(report: Report, details: Details, *, is_first: bool) -> list[Line]:
-    """50th, 95th and 99th percentile of the newest runs and models, the newest first. `is_first`: to the first token."""
+    """50th, 95th and 99th percentile of the newest runs and models, the newest first.
 
-    def values(one: Seconds) -> list[float | None]:
-        return [one.first_p50, one.first_p95, one.first_p99] if is_first else [one.p50, one.p95, one.p99]
-
+    Args:
+        is_first: to the first token, instead of to the end.
+    """
     runs = _Runs(report)
-    known = [one for one in details.seconds if None not in values(one)]
-    known.sort(key=lambda one: (runs.place(one.run_id), one.model), reverse=True)
-    return [
-        Line(*runs.named(one.run_id, one.model), values(one))
-        for one in sorted(known[:MOST_LINES], key=lambda one: (-runs.place(one.run_id), one.model))
-    ]
+    known = []
+    for one in details.seconds:
+        values = (one.first_p50, one.first_p95, one.first_p99) if is_first else (one.p50, one.p95, one.p99)
+        measured = [value for value in values if value is not None]
+        if len(measured) == len(values):
+            known.append((-runs.place(one.run_id), one.model, one.run_id, measured))
+    return [Line(*runs.named(run_id, model), measured) for _, model, run_id, measured in sorted(known)[:MOST_LINES]]
 
 
 def causes(details: Details) -> list[Line]:
@@ -140,7 +141,7 @@ def budgets(report: Report) -> list[Line]:
         per = name(row["budget_per"], 10)
         # Nothing is used up of no budget; anything is twice too much.
         share = float(used / cap) if cap else 2.0 * bool(used)
-        short = f"{average(used)} of {usd(cap)} per {label(per, 10)}"
+        short = f"{min(share, 99.99):.0%}: {average(used)} of {usd(cap)} per {label(per, 10)}"
         exact = f"{usd(used)} of {usd(cap)} per {per}"
         lines.append(Line(_run_label(row), short, f"{_run_name(row)}: {exact}", [share]))
         if len(lines) == MOST_LINES:
@@ -172,7 +173,7 @@ def metrics(report: Report) -> list[Metric]:
         for metric, (value, low, high) in evaluated.measures.items():
             lines = found.setdefault(metric, [])
             if len(lines) < MOST_LINES:
-                text = f"{value:.3f} ({low:.3f} to {high:.3f})"
+                text = f"{value:.3f} ({low:.3f} to {high:.3f}){evaluated.kind}"
                 lines.append(Line(evaluated.label, text, evaluated.name, [value, low, high]))
     return [Metric(name(metric, 30), lines) for metric, lines in list(found.items())[:MOST_METRICS]]
 
@@ -181,6 +182,7 @@ class Evaluated(NamedTuple):
     """The answers of a run, or their votes, against what was expected."""
 
     label: str
+    kind: str
     name: str
     document: dict[str, Any]
     """As `batchrun.evaluate.Evaluation.document`."""
@@ -195,14 +197,14 @@ def evaluations(report: Report) -> list[Evaluated]:
         document = row["evaluation"]
         if not isinstance(document, dict):
             continue
-        for kind, one in (("", document), (", by vote", document.get("votes"))):
+        for kind, one in (("", document), (" by vote", document.get("votes"))):
             if isinstance(one, dict):
                 measures = {
                     str(metric): (float(measure["value"]), float(measure["low"]), float(measure["high"]))
                     for metric, measure in one["metrics"].items()
                     if measure is not None
                 }
-                found.append(Evaluated(_run_label(row) + kind, _run_name(row) + kind, one, measures))
+                found.append(Evaluated(_run_label(row), kind, _run_name(row) + kind, one, measures))
         if len(found) >= MOST_LINES:
             break
     return found

@@ -11,16 +11,21 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from decimal import Decimal
 from functools import cache
-from typing import Any, NamedTuple
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
-from batchrun import __version__, page_text, report_charts, report_figures
+from batchrun import __version__, page_text, report_figures
+from batchrun.errors import MissingHereError
 from batchrun.page_text import Cut, given, name, usd
+from batchrun.palette import PALETTE
 from batchrun.report import Report
-from batchrun.report_charts import PALETTE, Drawing
 from batchrun.report_figures import Evaluated, Line, Stack
 from batchrun.spend_details import Details, ShownRow
+
+if TYPE_CHECKING:
+    from batchrun.report_charts import Drawing
 
 FIRST_RUNS, MOST_RUNS = 20, 100
 MOST_ROWS = 50
@@ -72,7 +77,6 @@ class RunRow(NamedTuple):
     sources: list[str]
     per_1000: str
     per_1000_exact: str
-    wasted: str
     trend: str
     is_dearer: bool
 
@@ -138,7 +142,7 @@ def page(report: Report, details: Details, *, made_at: datetime) -> str:
     Raises:
         MissingHereError: the extra `report` is not installed.
     """
-    report_charts.require()
+    require()
     runs = [_run_row(row) for row in report.runs.tail(MOST_RUNS).iloc[::-1].to_dict("records")]
     content = _Content(
         title="Spend report",
@@ -160,6 +164,17 @@ def page(report: Report, details: Details, *, made_at: datetime) -> str:
         + ([more] if (more := _more(len(report.notes), MOST_NOTES, "notes")) else []),
     )
     return _template().render(page=content, version=__version__, palette=PALETTE)
+
+
+def require() -> None:
+    """Look for what the charts need, and load nothing; to be called before anything is read.
+
+    Raises:
+        MissingHereError: the extra `report` is not installed.
+    """
+    needed = {"altair": "altair", "vl_convert": "vl-convert-python"}
+    if missing := [package for module, package in needed.items() if find_spec(module) is None]:
+        raise MissingHereError(f"report --html: needs {', '.join(missing)}: pip install 'batchrun[report]'")
 
 
 @cache
@@ -187,8 +202,8 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
     tiles = []
     if unknown := totals["unknown_attempts"]:
         most = totals["usd_unknown_at_most"]
-        figure = f"at most {usd(most)}" if most is not None else "no limit known"
-        tiles.append(("Cost not known", figure, f"{_counted(unknown, 'attempt')}; in no other figure"))
+        figure = f"at most {usd(most)}" if most is not None else "no upper bound"
+        tiles.append(("Unknown cost", figure, f"{_counted(unknown, 'attempt')}; in no other figure"))
     per_1000, per_ok = totals["usd_per_1000_rows"], totals["usd_per_ok_row"]
     if per_1000 is not None:
         note = f"{page_text.average(per_ok)} per row with an answer" if per_ok is not None else "no row has an answer"
@@ -209,6 +224,8 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
 
 
 def _figures(report: Report, details: Details) -> list[Figure]:
+    from batchrun import report_charts
+
     figures = []
     dollars, tokens = report_figures.over_time(report)
     if dollars is not None:
@@ -219,7 +236,8 @@ def _figures(report: Report, details: Details) -> list[Figure]:
         figures.append(
             Figure(
                 "costs", "Cost of a row", "Rows by what they cost, as far as it is known.",
-                report_charts.histogram("costs", steps), Table(["$", "rows"], [[one.label, f"{one.rows:,}"] for one in steps]),
+                report_charts.histogram("costs", steps),
+                Table(["$", "rows"], [[one.label, f"{one.rows:,}"] for one in steps]),
             )
         )  # fmt: skip
     if lines := report_figures.causes(details):
@@ -249,6 +267,8 @@ def _figures(report: Report, details: Details) -> list[Figure]:
 
 
 def _over_time(key: str, title: str, stack: Stack, *, is_usd: bool) -> Figure:
+    from batchrun import report_charts
+
     def text(value: Decimal) -> str:
         return usd(value) if is_usd else f"{value:,}"
 
@@ -284,6 +304,8 @@ def _run_row(row: dict[Any, Any]) -> RunRow:
         most = given(row["usd_unknown_at_most"])
         figure = f" ≤ {usd(most)}" if most is not None else ""
         sources.append(f"unknown{figure} ({_counted(row['unknown_attempts'], 'attempt')})")
+    if row["usd_wasted"]:
+        sources.append(f"wasted {usd(row['usd_wasted'])}")
     counts = [f"{row[one]:,} {one}" for one in ("ok", "failed", "pending", "reused") if row[one] or one == "ok"]
     return RunRow(
         job=name(row["job"]),
@@ -303,7 +325,6 @@ def _run_row(row: dict[Any, Any]) -> RunRow:
         sources=sources,
         per_1000=page_text.average(per_1000) if per_1000 is not None else "",
         per_1000_exact=usd(per_1000) if per_1000 is not None else "",
-        wasted=usd(row["usd_wasted"]) if row["usd_wasted"] else "",
         trend=page_text.percent(change) if change is not None else "",
         is_dearer=change is not None and change > 0,
     )
@@ -336,6 +357,8 @@ def _top(shown: Sequence[ShownRow]) -> list[TopRow]:
 
 
 def _scores(report: Report) -> list[Figure]:
+    from batchrun import report_charts
+
     return [
         Figure(
             f"metric-{place}", metric.name, "With 95% intervals; of the newest runs that were evaluated.",

@@ -77,17 +77,20 @@ def many(number: int, *, text: int = 900, seed: int = 1) -> tuple[Report, Detail
         rows = chance.randint(200, 3000)
         failed = chance.randint(0, rows // 20)
         usd = from_pico(chance.randint(10**8, 4 * 10**9) * rows)
+        estimated, wasted = from_pico(int(usd * 10**12 // 4)), from_pico(int(usd * 10**12 // 50))
         per = from_pico(int(usd * 1000 / rows * 10**12))
         unknown = chance.randint(1, 4) if place % 7 == 3 else 0
+        started_at = datetime(2026, 6, 29, 2, 5 * (place % 3), tzinfo=UTC) - timedelta(days=(number - place) // 3)
         is_open = place == number - 1 and number > 3
         one = run(
-            job=job, started_at=datetime(2026, 6, 29, 2, 5 * (place % 3), tzinfo=UTC) - timedelta(days=(number - place) // 3),
-            model=_MODELS[place % len(_MODELS)], rows=rows, ok=rows - failed - (40 if is_open else 0), failed=failed,
+            job=job, model=_MODELS[place % len(_MODELS)], rows=rows, ok=rows - failed - (40 if is_open else 0),
+            failed=failed,
             pending=40 if is_open else 0, reused=chance.choice((0, 0, 25)), state="open" if is_open else "finished",
             reason="stopped by SIGINT" if is_open else None, seconds=chance.uniform(4, 5000),
             prompt_tokens=rows * 410, completion_tokens=rows * 37, total_tokens=rows * 447, cached_tokens=rows * 90,
-            usd_spent=usd, usd_reported=usd - usd / 4, usd_estimated=usd / 4, usd_wasted=usd / 50, usd_per_1000_rows=per,
-            usd_per_ok_row=per / 1000, unknown_attempts=unknown,
+            usd_spent=usd, usd_reported=usd - estimated, usd_estimated=estimated, usd_wasted=wasted,
+            started_at=started_at, usd_per_1000_rows=per, usd_per_ok_row=from_pico(int(per * 10**9)),
+            unknown_attempts=unknown,
             usd_unknown_at_most=(Decimal("0.0042") * unknown if place % 2 else None) if unknown else Decimal(0),
             budget_usd=Decimal("5") if place % 3 == 0 else None, budget_per="day" if place % 3 == 0 else None,
             budget_used=usd if place % 3 == 0 else None,
@@ -98,8 +101,8 @@ def many(number: int, *, text: int = 900, seed: int = 1) -> tuple[Report, Detail
         before[job] = per
         runs.append(one)
         parts += [
-            part(one, usd_spent=usd - usd / 50),
-            part(one, usd_spent=usd / 50, outcome="failed", prompt_tokens=0, completion_tokens=0, cached_tokens=0),
+            part(one, usd_spent=usd - wasted),
+            part(one, usd_spent=wasted, outcome="failed", prompt_tokens=0, completion_tokens=0, cached_tokens=0),
         ]
         kinds = ("rate_limited", "timeout", "server_error", "content_filter", "unparsable")
         failures += [Failures(one["run_id"], kind, chance.randint(1, 90) // rank) for rank, kind in enumerate(kinds, 1)]
@@ -107,12 +110,19 @@ def many(number: int, *, text: int = 900, seed: int = 1) -> tuple[Report, Detail
         seconds.append(Seconds(one["run_id"], one["model"], rows, p50, p50 * 2.1, p50 * 4, p50 / 3, p50 / 2, p50))
         steps = ("0.0001", "0.0002", "0.0005", "0.001", "0.002", "0.01")
         costs += [Costs(one["run_id"], Decimal(step), chance.randint(1, rows)) for step in steps]
-    words = "Which of the labels fits this message of a customer? It says: the parcel was late, twice. ".split()
+    words = ["Which", "of", "the", "labels", "fits", "this", "message", "of", "a", "customer?", "it", "says:", "late"]
     top = [
         ShownRow(
             one["job"],
             RowSpend(
-                one["run_id"], 17 + place, one["model"], 0, 1 + place % 3, 4321, Decimal("0.0421") / (place + 1), 1
+                one["run_id"],
+                17 + place,
+                one["model"],
+                0,
+                1 + place % 3,
+                4321,
+                from_pico(42_100_000_000 // (place + 1)),
+                1,
             ),
             " ".join(chance.choice(words) for _ in range(text)),
             "complaint" if place % 2 else " ".join(chance.choice(words) for _ in range(text)),

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "batchrun"
 
 FLOORS = [
     {"errors", "usage", "sse", "columns", "uniqueness", "documents", "folders", "form", "inflate", "scrub"}
-    | {"sandbox", "tables", "evidence", "spill"},
+    | {"sandbox", "tables", "evidence", "spill", "palette"},
     {"money", "providers", "jobfile", "lock", "migrations", "casts", "textfile", "jsonl", "scores", "intervals"}
     | {"tolerant", "plain"},
     {"records", "job", "prices", "projection", "fetch", "bill", "confusion", "labels", "page_text"},
@@ -85,7 +85,8 @@ def test_only_one_room_knows_each_outside_thing() -> None:
         "tenacity": {"retry", "provider_log"},
         "click": {"cli"},
         "tqdm": {"progress"},
-        "xllamacpp": {"local"}, "jinja2": {"template", "sandbox", "report_page"}, "ruamel": {"jobfile"}, "filelock": {"lock"},
+        "xllamacpp": {"local"}, "jinja2": {"template", "sandbox", "report_page"}, "ruamel": {"jobfile"},
+        "filelock": {"lock"},
         "sqlite3": {"ledger", "ledger_view", "migrations", "uniqueness", "salvage", "spill"},
         "zstandard": {"ledger", "ledger_view", "verify", "salvage"},
         "genai_prices": {"price_sources"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 import time
@@ -11,16 +12,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from decimal import Decimal
+from itertools import combinations
+from operator import mul
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from batchrun import report_charts
+from batchrun import report_charts, report_page
 from batchrun.errors import MissingHereError
 from batchrun.money import usd_text
+from batchrun.page_text import _MONTHS
+from batchrun.palette import PALETTE
 from batchrun.report import Report
-from batchrun.report_charts import PALETTE
 from batchrun.report_figures import MOST_BUCKETS, OTHER, causes, evaluations, over_time, steps
 from batchrun.report_page import page
 from batchrun.spend_details import Costs, Details, Failures, RowSpend, Seconds, ShownRow
@@ -93,8 +97,9 @@ def unknown() -> tuple[Report, Details]:
         "usd_wasted": Decimal(0),
     }
     one = run(
-        **nothing, unknown_attempts=3, usd_unknown_at_most=None, usd_per_1000_rows=None, usd_per_ok_row=None, ok=0, failed=0,
-        pending=5, rows=5, rows_per_second=float("nan"), ended_at=None, started_at=datetime.fromtimestamp(0, UTC),
+        **nothing, unknown_attempts=3, usd_unknown_at_most=None, usd_per_1000_rows=None, usd_per_ok_row=None, ok=0,
+        failed=0, pending=5, rows=5, rows_per_second=float("nan"), ended_at=None,
+        started_at=datetime.fromtimestamp(0, UTC),
     )  # fmt: skip
     return report([one], []), NOTHING
 
@@ -178,7 +183,7 @@ def test_attempts_under_way_are_in_no_sum() -> None:
         (["2026-06-01"], "day", ["1 Jun"]),
         (["2026-06-30", "2026-07-02"], "day", ["30 Jun", "1 Jul", "2 Jul"]),
         (["2026-05-31", "2026-07-10"], "week", ["25 May", "1 Jun", "8 Jun", "15 Jun", "22 Jun", "29 Jun", "6 Jul"]),
-        (["2025-11-01", "2026-10-01"], "month", [*"Nov Dec Jan Feb Mar Apr May Jun Jul Aug Sep Oct".split()]),
+        (["2025-11-01", "2026-10-01"], "month", [*_MONTHS[10:], *_MONTHS[:10]]),
         (["2001-01-01", "2026-01-01"], "year", [str(year) for year in range(2001, 2027)]),
         (["0001-01-01", "9999-12-31"], "year", [str(year) for year in range(9964, 10_000)]),
     ],
@@ -245,8 +250,8 @@ def test_the_largest_page_is_bounded() -> None:
         big = evaluation(0.5, tuple(f"{long}{label}" for label in range(50)))
         big["metrics"] = {f"{metric}{long}": {"value": 0.5, "low": 0.1, "high": 0.9} for metric in range(20)}
         one = run(
-            job=f"{number}{long}", run_id=f"{number}{long}", model=f"{number}{long}", state=long, reason=long, evaluation=big,
-            budget_usd=Decimal(9), budget_per="month", budget_used=Decimal("0.123456789012"),
+            job=f"{number}{long}", run_id=f"{number}{long}", model=f"{number}{long}", state=long, reason=long,
+            evaluation=big, budget_usd=Decimal(9), budget_per="month", budget_used=Decimal("0.123456789012"),
         )  # fmt: skip
         runs.append(one)
         parts += [part(one, day=date.fromordinal(735_000 + number * 10 + day)) for day in range(10)]
@@ -262,7 +267,7 @@ def test_the_largest_page_is_bounded() -> None:
 
 
 def test_the_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report_charts, "find_spec", lambda name: None)
+    monkeypatch.setattr(report_page, "find_spec", lambda name: None)
     with pytest.raises(MissingHereError, match=r"altair, vl-convert-python: pip install 'batchrun\[report\]'"):
         page(*many(1), made_at=MADE_AT)
 
@@ -293,7 +298,8 @@ def test_a_page_is_whole_and_has_nothing_to_run_or_to_fetch(pages: dict[str, str
 def test_a_drawing_keeps_only_what_it_knows() -> None:
     """Were the library to let markup through, it would not reach the page."""
     svg = (
-        '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="0 0 9 9" onload="a()">'
+        '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="0 0 9 9"'
+        ' onload="a()">'
         '<script>a()</script><a xlink:href="javascript:a()"><text>b</text></a><image href="http://c"/><foreignObject/>'
         '<style>d</style><g id="e" style="f" clip-path="url(#e)"><text x="1">&lt;g&gt;</text></g></svg>'
     )
@@ -316,10 +322,40 @@ def _contrast(one: str, other: str) -> float:
     return (light + 0.05) / (dark + 0.05)
 
 
-def _luminance(colour: str) -> float:
+def _linear(colour: str) -> list[float]:
     parts = [int(colour[start : start + 2], 16) / 255 for start in (1, 3, 5)]
-    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+    return [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+
+
+def _luminance(colour: str) -> float:
+    red, green, blue = _linear(colour)
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+# What the three kinds of colour blindness make of linear red, green and blue (Machado, Oliveira and Fernandes, 2009).
+_EYES = {
+    "all cones": ((1, 0, 0), (0, 1, 0), (0, 0, 1)),
+    "no red": ((0.152286, 1.052583, -0.204868), (0.114503, 0.786281, 0.099216), (-0.003882, -0.048116, 1.051998)),
+    "no green": ((0.367322, 0.860646, -0.227968), (0.280085, 0.672501, 0.047413), (-0.011820, 0.042940, 0.968881)),
+    "no blue": ((1.255528, -0.076749, -0.178779), (-0.078411, 0.930809, 0.147602), (0.004733, 0.691367, 0.303900)),
+}
+
+
+@pytest.mark.parametrize("eyes", _EYES)
+@pytest.mark.parametrize("scheme", [0, 1])
+def test_series_can_be_told_apart_also_by_the_colour_blind(scheme: int, eyes: str) -> None:
+    seen = [_lab(_EYES[eyes], PALETTE[f"series-{number}"][scheme]) for number in range(1, 8)]
+    assert min(math.dist(one, other) for one, other in combinations(seen, 2)) > 18
+
+
+def _lab(eyes: tuple[tuple[float, ...], ...], colour: str) -> tuple[float, float, float]:
+    """In CIELAB, where a distance of 2 can just be seen."""
+    red, green, blue = (min(1.0, max(0.0, sum(map(mul, row, _linear(colour))))) for row in eyes)
+    x = (0.4124 * red + 0.3576 * green + 0.1805 * blue) / 0.9505
+    y = 0.2126 * red + 0.7152 * green + 0.0722 * blue
+    z = (0.0193 * red + 0.1192 * green + 0.9505 * blue) / 1.089
+    fx, fy, fz = (value ** (1 / 3) if value > 0.008856 else 7.787 * value + 16 / 116 for value in (x, y, z))
+    return 116 * fy - 16, 500 * (fx - fy), 200 * (fy - fz)
 
 
 # What a browser makes of it
@@ -441,19 +477,19 @@ def test_every_text_stands_out_in_both_schemes(
 
 
 @pytest.mark.parametrize("name", REPORTS)
-@pytest.mark.parametrize("width", [1280, 390])
-def test_every_chart_is_drawn_and_fits(
-    browser: Any, pages: dict[str, str], tmp_path: Path, width: int, name: str
-) -> None:
-    with look(browser, pages[name], tmp_path, width=width) as seen:
-        assert not seen.is_scrolling_sideways()
-        charts = seen.charts()
-        for chart in charts:
-            assert chart["drawings"] == 1 and chart["marks"] > 0, chart
-            assert chart["width"] > 250 and chart["height"] > 30, chart
-            assert chart["smallest"] >= 9, chart
-            assert chart["cut"] == [], chart
-            assert chart["role"] == "img" and chart["label"].startswith("Chart: "), chart
+def test_every_chart_is_drawn_and_fits(browser: Any, pages: dict[str, str], tmp_path: Path, name: str) -> None:
+    """On a desk, a tablet and a phone, and on a narrow one."""
+    with look(browser, pages[name], tmp_path) as seen:
+        for width, smallest in ((1280, 9), (820, 9), (390, 9), (320, 8)):
+            seen.tab.set_viewport_size({"width": width, "height": 900})
+            assert not seen.is_scrolling_sideways(), width
+            charts = seen.charts()
+            for chart in charts:
+                assert chart["drawings"] == 1 and chart["marks"] > 0, (width, chart)
+                assert chart["width"] > 250 and chart["height"] > 20, (width, chart)
+                assert chart["smallest"] >= smallest, (width, chart)
+                assert chart["cut"] == [], (width, chart)
+                assert chart["role"] == "img" and chart["label"].startswith("Chart: "), chart
         keys = [chart["key"] for chart in charts]
         if name in ("some", "thousand"):
             charted = ["spend", "tokens", "costs", "failures", "latency", "first", "budgets", "metric-0", "metric-1"]
