@@ -43,7 +43,7 @@ class Cut(NamedTuple):
 def cut(text: str, most: int) -> Cut:
     """At most so many characters of a text.
 
-    >>> cut("a\\x00b\\r\\nc", 5), cut("abc", 2)
+    >>> cut("a\\x00b\\r\\nc", 9), cut("abc", 2)
     (Cut(text='a�b\\nc', left_out=0), Cut(text='ab', left_out=1))
     """
     # Cut first: what is dropped need not be cleaned.

@@ -21,6 +21,11 @@ MOST_LINES = 10
 MOST_METRICS = 6
 OTHER = "other"
 _TOKENS = ("in", "in, cached", "out")
+_EVALUATED = {
+    "right_by", "right", "rows", "unparsed", "metrics", "usd_per_correct", "without_expected", "unanswered",
+    "confusion",
+}  # fmt: skip
+_BELOW = "below $0.0000001"
 # A run whose id tells no time is said to have begun then.
 _NO_TIME = datetime.fromtimestamp(0, UTC)
 
@@ -160,10 +165,7 @@ def steps(details: Details) -> list[Step]:
     listed = [found[0]]
     while listed[-1] < found[-1]:
         listed.append(found[1] if listed[-1] == 0 else min(_next(listed[-1]), _above(found, listed[-1])))
-    return [
-        Step(f"{usd(start)}–{usd_text(_next(start))}" if start else "less, or nothing", counts[start])
-        for start in listed
-    ]
+    return [Step(f"{usd(start)}–{usd_text(_next(start))}" if start else _BELOW, counts[start]) for start in listed]
 
 
 def metrics(report: Report) -> list[Metric]:
@@ -198,7 +200,8 @@ def evaluations(report: Report) -> list[Evaluated]:
         if not isinstance(document, dict):
             continue
         for kind, one in (("", document), (" by vote", document.get("votes"))):
-            if isinstance(one, dict):
+            # Another version of batchrun may have written it.
+            if isinstance(one, dict) and _EVALUATED.issubset(one):
                 measures = {
                     str(metric): (float(measure["value"]), float(measure["low"]), float(measure["high"]))
                     for metric, measure in one["metrics"].items()
