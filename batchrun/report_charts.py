@@ -62,7 +62,7 @@ def stacked(key: str, stack: Stack, *, is_usd: bool) -> Drawing:
     def make(width: int) -> alt.Chart:
         thick = _BAR if len(places) * _BAR * 1.4 < width - 60 else alt.Undefined
         names = alt.Axis(
-            labelExpr=_names(stack.buckets), labelAngle=0, labelOverlap="greedy", labelSeparation=8, grid=False
+            labelExpr=_names(stack.buckets), labelAngle=0, labelOverlap="parity", labelSeparation=8, grid=False
         )
         amounts = alt.Axis(labelExpr=f"format(datum.value, '{form}')", tickCount=5, domain=False, ticks=False)
         chart: alt.Chart = (

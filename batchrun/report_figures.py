@@ -26,8 +26,8 @@ _EVALUATED = {
     "confusion",
 }  # fmt: skip
 _BELOW = "below $0.0000001"
-# A run whose id tells no time is said to have begun then.
-_NO_TIME = datetime.fromtimestamp(0, UTC)
+NO_TIME = datetime.fromtimestamp(0, UTC)
+"""When a run is said to have begun whose id tells no time."""
 
 
 class Stack(NamedTuple):
@@ -232,7 +232,8 @@ class _Runs:
 
 
 def _run_label(row: dict[Any, Any]) -> str:
-    return f"{label(row['job'], 24)} · {day_text(row['started_at'])}"
+    began = f" · {day_text(row['started_at'])}" if row["started_at"] != NO_TIME else ""
+    return f"{label(row['job'], 24)}{began}"
 
 
 def _run_name(row: dict[Any, Any]) -> str:
@@ -251,7 +252,7 @@ def _sums(report: Report) -> Iterator[_Sum]:
             # Known by its output alone: all of it counts for the day on which it began.
             began = row["started_at"]
             yield _Sum(
-                began.date() if began != _NO_TIME else None, row["model"], row["usd_spent"],
+                began.date() if began != NO_TIME else None, row["model"], row["usd_spent"],
                 max(0, row["prompt_tokens"] - row["cached_tokens"]), row["cached_tokens"], row["completion_tokens"],
             )  # fmt: skip
 

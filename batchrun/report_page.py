@@ -21,7 +21,7 @@ from batchrun.errors import MissingHereError
 from batchrun.page_text import Cut, given, name, usd
 from batchrun.palette import PALETTE
 from batchrun.report import Report
-from batchrun.report_figures import Evaluated, Line, Stack
+from batchrun.report_figures import NO_TIME, Evaluated, Line, Stack
 from batchrun.spend_details import Details, ShownRow
 
 if TYPE_CHECKING:
@@ -192,8 +192,12 @@ def _of(report: Report) -> str:
         return "No runs"
     jobs = list(dict.fromkeys(runs["job"]))
     named = ", ".join(name(job, 40) for job in jobs[:3]) + (f" and {len(jobs) - 3} more jobs" if len(jobs) > 3 else "")
-    first, last = (f"{moment:%Y-%m-%d}" for moment in (runs["started_at"].min(), runs["started_at"].max()))
-    return f"{_counted(len(runs), 'run')} of {named}, {first if first == last else f'{first} to {last}'}"
+    whole = f"{_counted(len(runs), 'run')} of {named}"
+    known = runs["started_at"][runs["started_at"] != NO_TIME]
+    if not len(known):
+        return whole
+    first, last = (f"{moment:%Y-%m-%d}" for moment in (known.min(), known.max()))
+    return f"{whole}, {first if first == last else f'{first} to {last}'}"
 
 
 def _tiles(report: Report) -> list[tuple[str, str, str]]:
@@ -312,7 +316,7 @@ def _run_row(row: dict[Any, Any]) -> RunRow:
         run_id=name(row["run_id"]),
         state="" if row["state"] == "finished" else name(row["state"], 20),
         reason=name(given(row["reason"]) or "", 160),
-        started=f"{row['started_at']:%Y-%m-%d %H:%M}",
+        started=f"{row['started_at']:%Y-%m-%d %H:%M}" if row["started_at"] != NO_TIME else "",
         took=page_text.took(row["seconds"]) if row["seconds"] else "",
         model=name(row["model"]),
         rows=counts,

@@ -99,7 +99,7 @@ def unknown() -> tuple[Report, Details]:
     }
     one = run(
         **nothing, unknown_attempts=3, usd_unknown_at_most=None, usd_per_1000_rows=None, usd_per_ok_row=None, ok=0,
-        failed=0, pending=5, rows=5, rows_per_second=float("nan"), ended_at=None,
+        failed=0, pending=5, rows=5, rows_per_second=float("nan"), ended_at=None, run_id="a copy",
         started_at=datetime.fromtimestamp(0, UTC),
     )  # fmt: skip
     return report([one], []), NOTHING
@@ -233,6 +233,7 @@ def test_a_page_says_what_it_leaves_out(pages: dict[str, str]) -> None:
     assert "The newest 100 runs; 900 older runs are in the totals only." in pages["thousand"]
     assert f"{len(HOSTILE) + 1_000_000 - 4_000:,} more characters are left out here." in pages["hostile"]
     assert "There is no run on record." in pages["empty"]
+    assert "1970-01-01" not in pages["unknown"]
 
 
 def test_the_same_report_gives_the_same_page(pages: dict[str, str]) -> None:
