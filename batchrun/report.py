@@ -267,3 +267,8 @@ _DTYPES = dict.fromkeys(
     "int64",
 ) | {"seconds": "float64", "started_at": "datetime64[us, UTC]", "ended_at": "datetime64[us, UTC]", "is_repair": "bool",
      "rows_per_second": "float64", "change": "float64"}  # fmt: skip
+
+
+def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """The rows of a DataFrame, by the names of its columns."""
+    return [{str(name): value for name, value in row.items()} for row in frame.to_dict("records")]

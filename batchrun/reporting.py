@@ -1,0 +1,120 @@
+"""One call of `batchrun report`: reads what is asked for, and gives it the form that is asked for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from batchrun.errors import JobError
+from batchrun.ledger_view import LedgerView
+from batchrun.report import Report, load
+from batchrun.report_formats import Views, csv_text, document, lines, markdown, parquet_bytes
+from batchrun.report_groups import grouped
+from batchrun.spend_details import RowSpend, costliest
+
+_AGO = re.compile(r"(\d{1,6})([hdw])")
+_UNITS = {"h": "hours", "d": "days", "w": "weeks"}
+
+
+@dataclass(frozen=True)
+class Made:
+    """A report, ready to be written."""
+
+    data: bytes
+    notes: list[str]
+    """What could not be read."""
+
+
+def make(
+    paths: Sequence[Path],
+    *,
+    by: str | None,
+    since: str | None,
+    runs: Sequence[str],
+    top: int | None,
+    form: str,
+    width: int | None,
+) -> Made:
+    """A report of what stands in some places.
+
+    Args:
+        by: what its sums are by; None for the runs.
+        since: as `moment_of` reads it.
+        runs: ids of runs, or how they begin; none for all.
+        top: so many of the costliest rows too.
+        form: one of `report_formats.FORMATS`.
+        width: of the terminal; None where nothing is to be left out for it.
+
+    Raises:
+        JobError: a path or an option is wrong.
+        StorageError: a file cannot be read.
+    """
+    report = load(*paths, since=moment_of(since, datetime.now(UTC)) if since is not None else None, runs=runs)
+    if runs and report.runs.empty:
+        raise JobError(f"--run {', '.join(runs)}: there is no such run")
+    views = Views(
+        report,
+        by,
+        grouped(report, by) if by is not None else None,
+        _frame(_costliest(report, top)) if top is not None else None,
+    )
+    match form:
+        case "json":
+            text = document(views)
+        case "csv":
+            text = csv_text(views).removesuffix("\n")
+        case "markdown":
+            text = markdown(views)
+        case "parquet":
+            return Made(parquet_bytes(views), report.notes)
+        case _:
+            text = "\n".join(lines(views, width))
+    return Made(text.encode("utf-8", "replace"), report.notes)
+
+
+def moment_of(text: str, now: datetime) -> datetime:
+    """A date or a moment (UTC, where it says nothing else), or how long ago: 24h, 7d, 4w.
+
+    Raises:
+        JobError: it is none of these.
+
+    >>> moment_of("7d", datetime(2026, 1, 8, tzinfo=UTC))
+    datetime.datetime(2026, 1, 1, 0, 0, tzinfo=datetime.timezone.utc)
+    """
+    if match := _AGO.fullmatch(text.strip()):
+        number, unit = match.groups()
+        try:
+            return now - timedelta(**{_UNITS[unit]: int(number)})
+        except OverflowError:
+            return datetime.min.replace(tzinfo=UTC)
+    try:
+        moment = datetime.fromisoformat(text.strip())
+    except ValueError:
+        raise JobError(f"--since {text}: should be 24h, 7d, 4w, or a date such as 2026-11-01") from None
+    return moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)
+
+
+def _costliest(report: Report, most: int) -> list[tuple[str, RowSpend]]:
+    """The rows that cost most, with their jobs."""
+    found: list[tuple[str, RowSpend]] = []
+    in_ledgers = report.runs[report.runs["ledger"].notna()]
+    for path, runs in in_ledgers.groupby("ledger"):
+        jobs = dict(zip(runs["run_id"], runs["job"], strict=True))
+        with closing(LedgerView.read(Path(str(path)))) as ledger:
+            found += [(jobs[row.run_id], row) for row in costliest(ledger, jobs, most)]
+    return sorted(found, key=lambda one: -one[1].usd_spent)[:most]
+
+
+def _frame(rows: Sequence[tuple[str, RowSpend]]) -> pd.DataFrame:
+    names = [name for name in RowSpend._fields if name != "attempt_id"]
+    records: list[dict[str, Any]] = [{"job": job, **{name: getattr(row, name) for name in names}} for job, row in rows]
+    return pd.DataFrame({
+        name: pd.Series([record[name] for record in records], dtype="object") for name in ("job", *names)
+    })  # fmt: skip
