@@ -32,6 +32,7 @@ from batchrun.runner import ASKED_AGAIN, NO_ROOM, Runner
 from batchrun.sink import check_writable
 from batchrun.spending import cap_reached, check_cap, open_budget, pricings_of, rows_left
 from batchrun.summary import Summary
+from batchrun.trend import trend_of
 
 _OTHER_FILES = 64
 _OBJECTS_BEFORE_COLLECTION = 20_000
@@ -392,6 +393,7 @@ def _finish(context: _Context, rows: int, ended: _Ended, early: EarlyOutput) -> 
         summary,
         exit_code=exit_code,
         reason=reason,
+        trend=trend_of(ledger, current, summary.totals),
         projection=_projected(summary, ledger, plan.job.concurrency) if is_sample else None,
     )
     if stop is NO_ROOM and plan.job.budget is not None:

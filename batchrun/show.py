@@ -208,7 +208,7 @@ def show_run(job: Job, run_id: str | None) -> ShownRun:
     """
     with closing(_open(job)) as ledger:
         run = _run(job, ledger, run_id)
-        spend = next(one for one in read_ledger(ledger, runs=[run.run_id]).runs if one.run_id == run.run_id)
+        (spend,) = read_ledger(ledger, number=run.run).runs
         invocations = [
             Invocation(_moment(began), _moment(ended) if ended is not None else None, *rest)
             for began, ended, *rest in ledger.rows(
