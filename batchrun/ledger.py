@@ -36,6 +36,7 @@ from batchrun.ledger_view import (
     LedgerView,
     Run,
     attempt_seal,
+    digest,
     everywhere,
     log_of,
     seal,
@@ -486,7 +487,7 @@ class Ledger(LedgerView):
             held_pico=settlement.held_pico,
             settled_after=settlement.settled_after,
         )
-        sealed = attempt_seal(self._intended(run, settlement.intent), values, settlement.exchange.body)
+        sealed = attempt_seal(self._intended(run, settlement.intent), values, digest(settlement.exchange.body))
         return (*values, sealed, settlement.intent.attempt_id)
 
     def _count(self, run: Run, intents: int, seals: Sequence[int]) -> None:
@@ -534,7 +535,7 @@ class Ledger(LedgerView):
                 values = _outcome(
                     never_came, now_us(), is_final=False, held_pico=None, settled_after=self.newest_attempt
                 )
-                sealed = attempt_seal(intended, values, b"")
+                sealed = attempt_seal(intended, values, digest(b""))
                 self._db.execute(_SETTLE, (*values, sealed, intended[0]))
                 self._count(Run(intended[1], "", 0, "", is_new=False), 0, [sealed])
 
@@ -651,6 +652,7 @@ _REUSE = """
             SELECT attempt.key, attempt.sample, max(attempt_id), attempt.run, attempt.row_index
             FROM attempt WHERE outcome = 'ok' AND EXISTS (
                 SELECT 1 FROM temp.wanting WHERE wanting.key = attempt.key AND wanting.sample = attempt.sample)
+                AND attempt_id NOT IN (SELECT attempt_id FROM answer WHERE digest IS NOT NULL)
             GROUP BY attempt.key, attempt.sample
         ) AS found JOIN temp.wanting USING (key, sample);
     INSERT OR IGNORE INTO reused

@@ -10,6 +10,7 @@ import os
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
+from datetime import UTC, datetime
 from decimal import Decimal
 from hashlib import blake2b
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 
 import zstandard
 
-from batchrun.errors import StorageError
+from batchrun.errors import JobError, StorageError
 from batchrun.migrations import check_version
 from batchrun.money import from_pico
 from batchrun.records import Group, RowSlots, Slot, StandingAttempt
@@ -177,6 +178,20 @@ class LedgerView:
         """True if any run of the job has an attempt: only then do the keys of the input matter."""
         return self._value("SELECT 1 FROM attempt LIMIT 1") is not None
 
+    def refuse_pruned(self, run: Run, what: str) -> None:
+        """Refuse what needs the answers of a run that were pruned.
+
+        Args:
+            what: names it: "be exported".
+
+        Raises:
+            JobError: they were.
+        """
+        pruned_at = self._value("SELECT pruned_at FROM run WHERE run = ?", run.run)
+        if pruned_at is not None:
+            day = datetime.fromtimestamp(pruned_at / 1e6, UTC).date()
+            raise JobError(f"the answers of run {run.run_id} were pruned on {day}: it cannot {what} any more")
+
     def earlier_answers(self, run: Run) -> EarlierAnswers | None:
         """Slots that the last `place` saw and that earlier runs have answered."""
         with storage(self.path):
@@ -184,7 +199,8 @@ class LedgerView:
                 """
                 WITH earlier AS (
                     SELECT key, sample, max(run) AS run, avg(usd_pico) AS usd_pico
-                    FROM charged WHERE outcome = 'ok' AND run <> :run GROUP BY key, sample
+                    FROM charged WHERE outcome = 'ok' AND run <> :run
+                    AND attempt_id NOT IN (SELECT attempt_id FROM answer WHERE digest IS NOT NULL) GROUP BY key, sample
                 )
                 SELECT count(*), max(earlier.run), sum(usd_pico), count(usd_pico)
                 FROM temp.asked JOIN earlier USING (key, sample)
@@ -531,17 +547,18 @@ def seal(values: Sequence[Any]) -> int:
     return int.from_bytes(blake2b(repr(tuple(values)).encode(), digest_size=8).digest()) >> 2
 
 
-def attempt_seal(intended: Sequence[Any], settled: Sequence[Any], body: bytes) -> int:
+def attempt_seal(intended: Sequence[Any], settled: Sequence[Any], answered: str) -> int:
     """The seal of an attempt.
 
     Args:
         intended: the values of INTENT_COLUMNS.
         settled: those of SETTLEMENT_COLUMNS.
+        answered: the digest of its answer's body; that of nothing without one.
     """
     *first, repair, repair_key = intended
     # What is no repair is sealed as it was before there were any.
     repaired = (repair, repair_key) if repair else ()
-    return seal((*first, *repaired, *settled, digest(body)))
+    return seal((*first, *repaired, *settled, answered))
 
 
 def digest(body: bytes) -> str:

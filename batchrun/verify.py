@@ -41,6 +41,8 @@ class Verdict:
     hidden: int = 0
     """What is wrong besides."""
     attempts: int = 0
+    pruned: int = 0
+    """Attempts whose answers were dropped."""
     rows: int = 0
     is_damaged: bool = False
     """The ledger itself is not as it was written."""
@@ -115,8 +117,8 @@ def _check_attempts(ledger: LedgerView, verdict: Verdict) -> None:
     counted: dict[int, list[int]] = {}
     columns = ", ".join(f"attempt.{name}" for name in (*INTENT_COLUMNS, *SETTLEMENT_COLUMNS))
     decompress = zstandard.ZstdDecompressor().decompress
-    for *values, sealed, size, packed in ledger.each(
-        f"SELECT {columns}, seal, size, body FROM attempt LEFT JOIN answer USING (attempt_id) ORDER BY attempt_id"
+    for *values, sealed, size, packed, pruned in ledger.each(
+        f"SELECT {columns}, seal, size, body, digest FROM attempt LEFT JOIN answer USING (attempt_id) ORDER BY attempt_id"
     ):
         verdict.attempts += 1
         attempt = dict(zip((*INTENT_COLUMNS, *SETTLEMENT_COLUMNS), values, strict=True))
@@ -126,6 +128,13 @@ def _check_attempts(ledger: LedgerView, verdict: Verdict) -> None:
             continue
         counts[1] += 1
         counts[2] = (counts[2] + (sealed or 0)) & SEAL_MASK
+        if pruned is not None:
+            verdict.pruned += 1
+            if sealed is not None and sealed != attempt_seal(
+                values[: len(INTENT_COLUMNS)], values[len(INTENT_COLUMNS) :], pruned
+            ):
+                verdict.blame(f"{_named(attempt)} was altered after it was settled")
+            continue
         try:
             body = decompress(packed) if packed is not None else b""
         except zstandard.ZstdError as exc:
@@ -139,7 +148,7 @@ def _check_attempts(ledger: LedgerView, verdict: Verdict) -> None:
             if isinstance(answer, Answer):
                 _check_unsealed(attempt, answer, verdict)
         elif len(body) != (size or 0) or sealed != attempt_seal(
-            values[: len(INTENT_COLUMNS)], values[len(INTENT_COLUMNS) :], body
+            values[: len(INTENT_COLUMNS)], values[len(INTENT_COLUMNS) :], digest(body)
         ):
             verdict.blame(f"{_named(attempt)} was altered after it was settled")
         for what in _contradictions(attempt):
