@@ -515,8 +515,9 @@ def storage(path: Path) -> Iterator[None]:
     """Errors of SQLite and the file system as ours."""
     try:
         yield
-    except (sqlite3.Error, zstandard.ZstdError) as exc:
-        is_damaged = isinstance(exc, zstandard.ZstdError) or any(word in str(exc) for word in _DAMAGED)
+    except (sqlite3.Error, zstandard.ZstdError, UnicodeDecodeError) as exc:
+        # SQLite's own message is no text where it repeats what it could not read.
+        is_damaged = not isinstance(exc, sqlite3.Error) or any(word in str(exc) for word in _DAMAGED)
         raise StorageError(f"the ledger {path}: {exc}{_MEND if is_damaged else ''}") from exc
     except OSError as exc:
         raise StorageError(f"the ledger {path}: {exc.strerror or exc}") from exc
