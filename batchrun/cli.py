@@ -339,6 +339,31 @@ def show(job: Path, run_id: str | None, row: int | None, as_json: bool) -> None:
 
 
 @cli.command()
+@_JOB
+@click.option("--older-than", required=True, metavar="AGE", help="Runs that ended before then: 30d, 4w, or a date.")
+@_AS_JSON
+@_ADOPT
+def prune(job: Path, older_than: str, as_json: bool, adopt_ledger: bool) -> None:
+    """Drop the raw answers of old finished runs from the ledger; every figure stays."""
+    from datetime import UTC, datetime
+
+    from batchrun.job import load_job
+    from batchrun.lock import held
+    from batchrun.moments import moment_of
+
+    before = moment_of(older_than, datetime.now(UTC), "--older-than")
+    loaded = load_job(job)
+    with held(loaded.ledger_path):
+        from batchrun.prune import prune
+
+        found = prune(loaded, before, adopt=adopt_ledger)
+    for line in found.lines():
+        _say(line)
+    if as_json:
+        _print(found.to_json())
+
+
+@cli.command()
 def schema() -> None:
     """Print the JSON Schema of a job file; editors complete and check from it."""
     import json

@@ -152,6 +152,7 @@ def _allow_connections(concurrency: int) -> None:
 def _choose_run(ledger: Ledger, options: Options) -> Run:
     last = ledger.last_run()
     if options.retry_failed and last is not None and last.state == "finished":
+        ledger.refuse_pruned(last, "be gone on with; without --retry-failed a new run asks every row")
         ledger.reopen(last)
     return ledger.current_run()
 
@@ -176,6 +177,8 @@ def _announce(context: _Context, rows: int) -> int:
     elif context.plan.job.reuse:
         if ok:
             say(f"{ok} rows are answered by earlier runs, for nothing")
+        if pruned := ledger.pruned_answers(current):
+            say(f"{pruned} rows were answered by runs that have been pruned: they will be asked and paid for again")
     elif context.options.sample is None and (earlier := ledger.earlier_answers(current)) is not None:
         cost = f"about ${usd_text(round(earlier.usd, 6))}" if earlier.usd is not None else "at a cost not known"
         say(

@@ -192,6 +192,45 @@ class LedgerView:
             day = datetime.fromtimestamp(pruned_at / 1e6, UTC).date()
             raise JobError(f"the answers of run {run.run_id} were pruned on {day}: it cannot {what} any more")
 
+    def prunable(self, before: int) -> list[Run]:
+        """Runs that are over since before a moment and have answers that could be dropped, from the oldest on."""
+        return [
+            Run(number, run_id, started_at, state, is_new=False)
+            for number, run_id, started_at, state in self.rows(
+                "SELECT run, run_id, started_at, state FROM run WHERE state <> 'open' "
+                "AND coalesce(ended_at, started_at) < ? AND EXISTS (SELECT 1 FROM attempt JOIN answer "
+                "USING (attempt_id) WHERE attempt.run = run.run AND digest IS NULL) ORDER BY run",
+                (before,),
+            )
+        ]
+
+    def kept_answers(self, runs: Sequence[Run]) -> int:
+        """Answers of runs that have been pruned and are there all the same."""
+        number = self._value(
+            "SELECT count(*) FROM attempt JOIN answer USING (attempt_id) WHERE digest IS NULL "
+            f"AND attempt.run IN ({', '.join(str(run.run) for run in runs)})"
+        )
+        return int(number)
+
+    def pruned_answers(self, run: Run) -> int:
+        """Slots that the last `place` saw, and whose answers by earlier runs were dropped."""
+        if self._value("SELECT 1 FROM run WHERE pruned_at IS NOT NULL LIMIT 1") is None:
+            return 0
+        number = self._value(
+            "SELECT count(*) FROM temp.asked WHERE NOT EXISTS (SELECT 1 FROM reused WHERE reused.run = ? "
+            "AND reused.row_index = asked.row_index AND reused.model = asked.model AND reused.sample = asked.sample) "
+            "AND (key, sample) IN (SELECT key, sample FROM attempt JOIN answer USING (attempt_id) "
+            "WHERE digest IS NOT NULL AND outcome = 'ok')",
+            run.run,
+        )
+        return int(number)
+
+    def size(self) -> int:
+        """Bytes of the ledger's files."""
+        with storage(self.path):
+            files = (Path(os.path.realpath(self.path)), log_of(self.path))
+            return sum(file.stat().st_size for file in files if file.exists())
+
     def earlier_answers(self, run: Run) -> EarlierAnswers | None:
         """Slots that the last `place` saw and that earlier runs have answered."""
         with storage(self.path):

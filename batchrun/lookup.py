@@ -66,7 +66,8 @@ class Lookup:
     def answer(self, attempt_id: int) -> Answer | None:
         """What an attempt was answered; None without an answer."""
         rows = self._ledger.rows(
-            "SELECT body, streamed FROM answer JOIN attempt USING (attempt_id) WHERE attempt_id = ? AND outcome = 'ok'",
+            "SELECT body, streamed FROM answer JOIN attempt USING (attempt_id) WHERE attempt_id = ? AND outcome = 'ok' "
+            "AND digest IS NULL",
             (attempt_id,),
         )
         if not rows:

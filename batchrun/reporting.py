@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,11 @@ import pandas as pd
 
 from batchrun.errors import JobError
 from batchrun.ledger_view import LedgerView
+from batchrun.moments import moment_of
 from batchrun.report import Report, load
 from batchrun.report_formats import Views, csv_text, document, lines, markdown, parquet_bytes
 from batchrun.report_groups import grouped
 from batchrun.spend_details import RowSpend, costliest
-
-_AGO = re.compile(r"(\d{1,6})([hdw])")
-_UNITS = {"h": "hours", "d": "days", "w": "weeks"}
 
 
 @dataclass(frozen=True)
@@ -46,7 +43,7 @@ def make(
 
     Args:
         by: what its sums are by; None for the runs.
-        since: as `moment_of` reads it.
+        since: as `moments.moment_of` reads it.
         runs: ids of runs, or how they begin; none for all.
         top: so many of the costliest rows too.
         form: one of `report_formats.FORMATS`.
@@ -56,7 +53,9 @@ def make(
         JobError: a path or an option is wrong.
         StorageError: a file cannot be read.
     """
-    report = load(*paths, since=moment_of(since, datetime.now(UTC)) if since is not None else None, runs=runs)
+    report = load(
+        *paths, since=moment_of(since, datetime.now(UTC), "--since") if since is not None else None, runs=runs
+    )
     if runs and report.runs.empty:
         raise JobError(f"--run {', '.join(runs)}: there is no such run")
     views = Views(
@@ -77,28 +76,6 @@ def make(
         case _:
             text = "\n".join(lines(views, width))
     return Made(text.encode("utf-8", "replace"), report.notes)
-
-
-def moment_of(text: str, now: datetime) -> datetime:
-    """A date or a moment (UTC, where it says nothing else), or how long ago: 24h, 7d, 4w.
-
-    Raises:
-        JobError: it is none of these.
-
-    >>> moment_of("7d", datetime(2026, 1, 8, tzinfo=UTC))
-    datetime.datetime(2026, 1, 1, 0, 0, tzinfo=datetime.timezone.utc)
-    """
-    if match := _AGO.fullmatch(text.strip()):
-        number, unit = match.groups()
-        try:
-            return now - timedelta(**{_UNITS[unit]: int(number)})
-        except OverflowError:
-            return datetime.min.replace(tzinfo=UTC)
-    try:
-        moment = datetime.fromisoformat(text.strip())
-    except ValueError:
-        raise JobError(f"--since {text}: should be 24h, 7d, 4w, or a date such as 2026-11-01") from None
-    return moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)
 
 
 def _costliest(report: Report, most: int) -> list[tuple[str, RowSpend]]:

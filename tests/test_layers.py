@@ -10,7 +10,19 @@ PACKAGE = Path(__file__).parent.parent / "batchrun"
 FLOORS = [
     {"errors", "usage", "sse", "columns", "uniqueness", "documents", "folders", "form", "inflate", "scrub"}
     | {"sandbox", "tables", "evidence", "spill"},
-    {"money", "providers", "jobfile", "lock", "migrations", "casts", "textfile", "jsonl", "scores", "intervals"}
+    {
+        "money",
+        "moments",
+        "providers",
+        "jobfile",
+        "lock",
+        "migrations",
+        "casts",
+        "textfile",
+        "jsonl",
+        "scores",
+        "intervals",
+    }
     | {"tolerant", "plain"},
     {"records", "job", "prices", "projection", "fetch", "bill", "confusion", "labels"},
     {"failures", "ledger_view", "transport", "files", "shapes"},
@@ -46,7 +58,7 @@ FLOORS = [
     {"spending"},
     {"delivery"},
     {"lookup"},
-    {"invocation", "offline", "reconcile", "verify", "compare", "reporting", "show"},
+    {"invocation", "offline", "reconcile", "verify", "compare", "reporting", "show", "prune"},
     {"cli"},
     {"__main__"},
 ]
