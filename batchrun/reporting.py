@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -12,12 +12,24 @@ from typing import Any
 import pandas as pd
 
 from batchrun.errors import JobError
-from batchrun.ledger_view import LedgerView
+from batchrun.ledger_view import LedgerView, Run
+from batchrun.lookup import Lookup, prompt_text
 from batchrun.moments import moment_of
 from batchrun.report import Report, load
 from batchrun.report_formats import Views, csv_text, document, lines, markdown, parquet_bytes
 from batchrun.report_groups import grouped
-from batchrun.spend_details import RowSpend, costliest
+from batchrun.spend_details import (
+    Costs,
+    Details,
+    Failures,
+    RowSpend,
+    Seconds,
+    ShownRow,
+    costliest,
+    costs,
+    failures,
+    seconds,
+)
 
 
 @dataclass(frozen=True)
@@ -80,13 +92,54 @@ def make(
 
 def _costliest(report: Report, most: int) -> list[tuple[str, RowSpend]]:
     """The rows that cost most, with their jobs."""
-    found: list[tuple[str, RowSpend]] = []
+    found = [(jobs[row.run_id], row) for ledger, jobs in _ledgers(report) for row in costliest(ledger, jobs, most)]
+    return sorted(found, key=lambda one: -one[1].usd_spent)[:most]
+
+
+def details_of(report: Report, *, most: int, content: bool) -> Details:
+    """What a page shows besides.
+
+    Args:
+        most: rows to be shown.
+        content: with their prompts and answers.
+    """
+    failed: list[Failures] = []
+    took: list[Seconds] = []
+    cost: list[Costs] = []
+    for ledger, jobs in _ledgers(report):
+        failed += failures(ledger, jobs)
+        took += seconds(ledger, jobs)
+        cost += costs(ledger, jobs)
+    top = _costliest(report, most)
+    texts: dict[RowSpend, tuple[str | None, str | None]] = {}
+    for ledger, jobs in _ledgers(report) if content else ():
+        lookups: dict[str, Lookup] = {}
+        for _, row in top:
+            if row.run_id in jobs:
+                lookup = lookups.get(row.run_id) or Lookup(ledger, _named(ledger, row.run_id))
+                lookups[row.run_id] = lookup
+                texts[row] = _texts(lookup, row)
+    return Details(failed, took, cost, [ShownRow(job, row, *texts.get(row, (None, None))) for job, row in top])
+
+
+def _ledgers(report: Report) -> Iterator[tuple[LedgerView, dict[str, str]]]:
+    """Each ledger, open for reading, with the jobs of its runs by their ids."""
     in_ledgers = report.runs[report.runs["ledger"].notna()]
     for path, runs in in_ledgers.groupby("ledger"):
-        jobs = dict(zip(runs["run_id"], runs["job"], strict=True))
         with closing(LedgerView.read(Path(str(path)))) as ledger:
-            found += [(jobs[row.run_id], row) for row in costliest(ledger, jobs, most)]
-    return sorted(found, key=lambda one: -one[1].usd_spent)[:most]
+            yield ledger, dict(zip(runs["run_id"], runs["job"], strict=True))
+
+
+def _named(ledger: LedgerView, run_id: str) -> Run:
+    run = ledger.run_named(run_id)
+    assert run is not None
+    return run
+
+
+def _texts(lookup: Lookup, row: RowSpend) -> tuple[str | None, str | None]:
+    prompt = lookup.prompt(row.row - 1, row.model)
+    answer = lookup.answer(row.attempt_id) if row.attempt_id else None
+    return prompt_text(prompt) if prompt is not None else None, answer.text if answer is not None else None
 
 
 def _frame(rows: Sequence[tuple[str, RowSpend]]) -> pd.DataFrame:
