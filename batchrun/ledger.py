@@ -411,7 +411,8 @@ class Ledger(LedgerView):
                     "SELECT attempt_id, body FROM answer JOIN attempt USING (attempt_id) WHERE attempt_id > ? "
                     f"AND attempt.run IN ({numbers}) AND digest IS NULL AND NOT EXISTS (SELECT 1 FROM temp.kept "
                     "WHERE kept.run = attempt.run AND kept.row_index = attempt.row_index "
-                    "AND kept.model = attempt.model AND kept.sample = attempt.sample AND kept.key = attempt.key) ORDER BY attempt_id LIMIT ?",
+                    "AND kept.model = attempt.model AND kept.sample = attempt.sample AND kept.key = attempt.key) "
+                    "ORDER BY attempt_id LIMIT ?",
                     (newest, _PRUNED_AT_ONCE),
                 ).fetchall()
                 self._db.executemany(

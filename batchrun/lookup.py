@@ -63,6 +63,15 @@ class Lookup:
                 return None
         return None
 
+    def place(self, attempt_id: int) -> int | None:
+        """The row, counted from 0, that an attempt stands in now; None if the input has it no more."""
+        rows = self._ledger.rows(
+            "SELECT CASE WHEN moved.run IS NULL THEN row_index ELSE to_row END FROM attempt "
+            "LEFT JOIN moved USING (run, row_index, model, sample, key) WHERE attempt_id = ?",
+            (attempt_id,),
+        )
+        return rows[0][0] if rows else None
+
     def answer(self, attempt_id: int) -> Answer | None:
         """What an attempt was answered; None without an answer."""
         rows = self._ledger.rows(

@@ -137,8 +137,9 @@ def _named(ledger: LedgerView, run_id: str) -> Run:
 
 
 def _texts(lookup: Lookup, row: RowSpend) -> tuple[str | None, str | None]:
-    prompt = lookup.prompt(row.row - 1, row.model)
-    answer = lookup.answer(row.attempt_id) if row.attempt_id else None
+    place = lookup.place(row.attempt_id)
+    prompt = lookup.prompt(place, row.model) if place is not None else None
+    answer = lookup.answer(row.attempt_id)
     return prompt_text(prompt) if prompt is not None else None, answer.text if answer is not None else None
 
 

@@ -82,7 +82,7 @@ class RowSpend(NamedTuple):
     usd_spent: Decimal
     """Of what is known."""
     attempt_id: int
-    """Its newest answer's; 0 without any."""
+    """Its newest one."""
 
 
 def failures(ledger: LedgerView, run_ids: Iterable[str]) -> list[Failures]:
@@ -127,7 +127,7 @@ def costliest(ledger: LedgerView, run_ids: Iterable[str], most: int) -> list[Row
     rows = ledger.rows(
         "SELECT run_id, row_index + 1, model, sample, number, tokens, pico, newest FROM ("
         "SELECT run, row_index, model, sample, count(*) AS number, coalesce(sum(total_tokens), 0) AS tokens, "
-        "sum(usd_pico) AS pico, coalesce(max(CASE outcome WHEN 'ok' THEN attempt_id END), 0) AS newest FROM charged "
+        "sum(usd_pico) AS pico, max(attempt_id) AS newest FROM charged "
         f"WHERE outcome IS NOT NULL AND row_index <> {NO_ROW} "
         f"AND run IN (SELECT run FROM run WHERE run_id IN ({_listed(run_ids)})) "
         f"GROUP BY run, row_index, model, sample HAVING pico > 0 ORDER BY pico DESC, run, row_index LIMIT {int(most)}"
