@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import shutil
 import signal
 import sys
 from contextlib import suppress
@@ -270,6 +271,96 @@ def init(data: Path, output: Path | None) -> None:
 
     default = data.parent / f"{data.name.split('.')[0] or 'job'}.yaml"
     _print(str(write_starter(data, output or default)))
+
+
+@cli.command()
+@click.argument("paths", nargs=-1, type=click.Path(path_type=Path), metavar="[PATH…]")
+@click.option(
+    "--by",
+    metavar="KEY",
+    help="Sums by job, model, provider, day, month, or a column of the outputs, such as label.",
+)
+@click.option("--since", metavar="WHEN", help="Runs that began since then: 7d, 24h, 4w, or a date such as 2026-11-01.")
+@click.option("--run", "runs", multiple=True, metavar="ID", help="This run only, by its id or how that begins.")
+@click.option("--top", type=click.IntRange(1, 1000), metavar="N", help="The N costliest rows too.")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["table", "json", "csv", "parquet", "markdown"]),
+    default="table",
+    show_default=True,
+    help="CSV and Parquet hold the runs or, with --by, its groups.",
+)
+@click.option("--output", type=click.Path(path_type=Path), metavar="FILE", help="Write there, not to stdout.")
+def report(
+    paths: tuple[Path, ...],
+    by: str | None,
+    since: str | None,
+    runs: tuple[str, ...],
+    top: int | None,
+    form: str,
+    output: Path | None,
+) -> None:
+    """What every run cost. PATH: a ledger, an output, or a folder of them (outputs, if there is none)."""
+    from batchrun.reporting import make
+
+    made = make(paths, by=by, since=since, runs=runs, top=top, form=form, width=_width() if output is None else None)
+    for note in made.notes:
+        _say(note)
+    if output is not None:
+        from batchrun.folders import appearing
+
+        with appearing(output) as beside:
+            beside.write_bytes(made.data)
+    elif form == "parquet":
+        raise click.UsageError("--format parquet is no text: add --output FILE")
+    else:
+        _print(made.data.decode())
+
+
+def _width() -> int | None:
+    """Of the terminal; None where the output goes elsewhere."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+@cli.command()
+@_JOB
+@click.option("--run", "run_id", metavar="ID", help="A run by its id or how that begins; the newest without.")
+@click.option("--row", type=click.IntRange(1), metavar="N", help="A row of the input, counted from 1.")
+@_AS_JSON
+def show(job: Path, run_id: str | None, row: int | None, as_json: bool) -> None:
+    """Everything that is known of a run, or of one of its rows: prompts, attempts, costs, answers."""
+    from batchrun.job import load_job
+    from batchrun.show import show_row, show_run
+
+    loaded = load_job(job)
+    found = show_run(loaded, run_id) if row is None else show_row(loaded, run_id, row)
+    _print(found.to_json() if as_json else "\n".join(found.lines()))
+
+
+@cli.command()
+@_JOB
+@click.option("--older-than", required=True, metavar="AGE", help="Runs that ended before then: 30d, 4w, or a date.")
+@_AS_JSON
+@_ADOPT
+def prune(job: Path, older_than: str, as_json: bool, adopt_ledger: bool) -> None:
+    """Drop the raw answers of old finished runs from the ledger; every figure stays."""
+    from datetime import UTC, datetime
+
+    from batchrun.job import load_job
+    from batchrun.lock import held
+    from batchrun.moments import moment_of
+
+    before = moment_of(older_than, datetime.now(UTC), "--older-than")
+    loaded = load_job(job)
+    with held(loaded.ledger_path):
+        from batchrun.prune import prune
+
+        found = prune(loaded, before, adopt=adopt_ledger)
+    for line in found.lines():
+        _say(line)
+    if as_json:
+        _print(found.to_json())
 
 
 @cli.command()

@@ -36,6 +36,7 @@ from batchrun.ledger_view import (
     LedgerView,
     Run,
     attempt_seal,
+    digest,
     everywhere,
     log_of,
     seal,
@@ -333,7 +334,7 @@ class Ledger(LedgerView):
                         Promise.INTENT_FIRST, "an answer belongs to no attempt that is in flight", self.path
                     )
                 self._db.executemany(
-                    "INSERT INTO answer VALUES (?, ?, ?)",
+                    "INSERT INTO answer (attempt_id, size, body) VALUES (?, ?, ?)",
                     [
                         (
                             settlement.intent.attempt_id,
@@ -386,6 +387,47 @@ class Ledger(LedgerView):
         """Record how often a run gave each label."""
         with self._transaction():
             self._db.execute("UPDATE run SET labels = ? WHERE run = ?", (_json(labels), run.run))
+
+    def prune(self, runs: Sequence[Run]) -> int:
+        """Drop the bodies of the answers of some runs, but for those that other runs have taken; how many.
+
+        What is dropped leaves its digest, by which its attempt can still be told to be unaltered.
+        """
+        numbers = ", ".join(str(run.run) for run in runs)
+        with self._transaction():
+            # First: where this is broken off, nobody takes the run for whole.
+            self._db.execute(f"UPDATE run SET pruned_at = ? WHERE run IN ({numbers})", (now_us(),))
+        self._execute_script(
+            "DROP TABLE IF EXISTS temp.kept; CREATE TEMP TABLE kept (run INTEGER, row_index INTEGER, model TEXT, "
+            "sample INTEGER, key TEXT, PRIMARY KEY (run, row_index, model, sample, key)) WITHOUT ROWID; "
+            "INSERT OR IGNORE INTO temp.kept SELECT source_run, source_row, model, sample, key FROM reused "
+            "WHERE run NOT IN (SELECT run FROM run WHERE pruned_at IS NOT NULL)"
+        )
+        decompress = zstandard.ZstdDecompressor().decompress
+        dropped = newest = 0
+        while True:
+            with self._transaction():
+                found = self._db.execute(
+                    "SELECT attempt_id, body FROM answer JOIN attempt USING (attempt_id) WHERE attempt_id > ? "
+                    f"AND attempt.run IN ({numbers}) AND digest IS NULL AND NOT EXISTS (SELECT 1 FROM temp.kept "
+                    "WHERE kept.run = attempt.run AND kept.row_index = attempt.row_index "
+                    "AND kept.model = attempt.model AND kept.sample = attempt.sample AND kept.key = attempt.key) "
+                    "ORDER BY attempt_id LIMIT ?",
+                    (newest, _PRUNED_AT_ONCE),
+                ).fetchall()
+                self._db.executemany(
+                    "UPDATE answer SET digest = ?, body = x'' WHERE attempt_id = ?",
+                    [(digest(decompress(body)), attempt_id) for attempt_id, body in found],
+                )
+            if not found:
+                return dropped
+            dropped, newest = dropped + len(found), found[-1][0]
+
+    def compact(self) -> None:
+        """Give back to the disk what is not used any more; takes as much room as is left, for a while."""
+        with storage(self.path):
+            self._db.execute("VACUUM")
+            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def sync(self) -> None:
         """Bring the write-ahead log to the disk: what was committed before survives a power cut."""
@@ -486,7 +528,7 @@ class Ledger(LedgerView):
             held_pico=settlement.held_pico,
             settled_after=settlement.settled_after,
         )
-        sealed = attempt_seal(self._intended(run, settlement.intent), values, settlement.exchange.body)
+        sealed = attempt_seal(self._intended(run, settlement.intent), values, digest(settlement.exchange.body))
         return (*values, sealed, settlement.intent.attempt_id)
 
     def _count(self, run: Run, intents: int, seals: Sequence[int]) -> None:
@@ -534,7 +576,7 @@ class Ledger(LedgerView):
                 values = _outcome(
                     never_came, now_us(), is_final=False, held_pico=None, settled_after=self.newest_attempt
                 )
-                sealed = attempt_seal(intended, values, b"")
+                sealed = attempt_seal(intended, values, digest(b""))
                 self._db.execute(_SETTLE, (*values, sealed, intended[0]))
                 self._count(Run(intended[1], "", 0, "", is_new=False), 0, [sealed])
 
@@ -590,6 +632,7 @@ _SETTLE = f"""
     WHERE attempt_id = ? AND outcome IS NULL
 """
 _FORGET_REPAIR = "DELETE FROM repair_wanted WHERE run = ? AND row_index = ? AND model = ? AND sample = ? AND key = ?"
+_PRUNED_AT_ONCE = 1000
 _ORPHANED = "the process ended before an answer came"
 
 # Groups whose row asks for another key now, each given a row that asks for its key and has no answer: answered groups
@@ -651,6 +694,7 @@ _REUSE = """
             SELECT attempt.key, attempt.sample, max(attempt_id), attempt.run, attempt.row_index
             FROM attempt WHERE outcome = 'ok' AND EXISTS (
                 SELECT 1 FROM temp.wanting WHERE wanting.key = attempt.key AND wanting.sample = attempt.sample)
+                AND attempt_id NOT IN (SELECT attempt_id FROM answer WHERE digest IS NOT NULL)
             GROUP BY attempt.key, attempt.sample
         ) AS found JOIN temp.wanting USING (key, sample);
     INSERT OR IGNORE INTO reused

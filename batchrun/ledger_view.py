@@ -10,6 +10,7 @@ import os
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
+from datetime import UTC, datetime
 from decimal import Decimal
 from hashlib import blake2b
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 
 import zstandard
 
-from batchrun.errors import StorageError
+from batchrun.errors import JobError, StorageError
 from batchrun.migrations import check_version
 from batchrun.money import from_pico
 from batchrun.records import Group, RowSlots, Slot, StandingAttempt
@@ -177,6 +178,59 @@ class LedgerView:
         """True if any run of the job has an attempt: only then do the keys of the input matter."""
         return self._value("SELECT 1 FROM attempt LIMIT 1") is not None
 
+    def refuse_pruned(self, run: Run, what: str) -> None:
+        """Refuse what needs the answers of a run that were pruned.
+
+        Args:
+            what: names it: "be exported".
+
+        Raises:
+            JobError: they were.
+        """
+        pruned_at = self._value("SELECT pruned_at FROM run WHERE run = ?", run.run)
+        if pruned_at is not None:
+            day = datetime.fromtimestamp(pruned_at / 1e6, UTC).date()
+            raise JobError(f"the answers of run {run.run_id} were pruned on {day}: it cannot {what} any more")
+
+    def prunable(self, before: int) -> list[Run]:
+        """Runs that are over since before a moment and have answers that could be dropped, from the oldest on."""
+        return [
+            Run(number, run_id, started_at, state, is_new=False)
+            for number, run_id, started_at, state in self.rows(
+                "SELECT run, run_id, started_at, state FROM run WHERE state <> 'open' "
+                "AND coalesce(ended_at, started_at) < ? AND EXISTS (SELECT 1 FROM attempt JOIN answer "
+                "USING (attempt_id) WHERE attempt.run = run.run AND digest IS NULL) ORDER BY run",
+                (before,),
+            )
+        ]
+
+    def kept_answers(self, runs: Sequence[Run]) -> int:
+        """Answers of runs that have been pruned and are there all the same."""
+        number = self._value(
+            "SELECT count(*) FROM attempt JOIN answer USING (attempt_id) WHERE digest IS NULL "
+            f"AND attempt.run IN ({', '.join(str(run.run) for run in runs)})"
+        )
+        return int(number)
+
+    def pruned_answers(self, run: Run) -> int:
+        """Slots that the last `place` saw, and whose answers by earlier runs were dropped."""
+        if self._value("SELECT 1 FROM run WHERE pruned_at IS NOT NULL LIMIT 1") is None:
+            return 0
+        number = self._value(
+            "SELECT count(*) FROM temp.asked WHERE NOT EXISTS (SELECT 1 FROM reused WHERE reused.run = ? "
+            "AND reused.row_index = asked.row_index AND reused.model = asked.model AND reused.sample = asked.sample) "
+            "AND (key, sample) IN (SELECT key, sample FROM attempt JOIN answer USING (attempt_id) "
+            "WHERE digest IS NOT NULL AND outcome = 'ok')",
+            run.run,
+        )
+        return int(number)
+
+    def size(self) -> int:
+        """Bytes of the ledger's files."""
+        with storage(self.path):
+            files = (Path(os.path.realpath(self.path)), log_of(self.path))
+            return sum(file.stat().st_size for file in files if file.exists())
+
     def earlier_answers(self, run: Run) -> EarlierAnswers | None:
         """Slots that the last `place` saw and that earlier runs have answered."""
         with storage(self.path):
@@ -184,7 +238,8 @@ class LedgerView:
                 """
                 WITH earlier AS (
                     SELECT key, sample, max(run) AS run, avg(usd_pico) AS usd_pico
-                    FROM charged WHERE outcome = 'ok' AND run <> :run GROUP BY key, sample
+                    FROM charged WHERE outcome = 'ok' AND run <> :run
+                    AND attempt_id NOT IN (SELECT attempt_id FROM answer WHERE digest IS NOT NULL) GROUP BY key, sample
                 )
                 SELECT count(*), max(earlier.run), sum(usd_pico), count(usd_pico)
                 FROM temp.asked JOIN earlier USING (key, sample)
@@ -499,8 +554,9 @@ def storage(path: Path) -> Iterator[None]:
     """Errors of SQLite and the file system as ours."""
     try:
         yield
-    except (sqlite3.Error, zstandard.ZstdError) as exc:
-        is_damaged = isinstance(exc, zstandard.ZstdError) or any(word in str(exc) for word in _DAMAGED)
+    except (sqlite3.Error, zstandard.ZstdError, UnicodeDecodeError) as exc:
+        # SQLite's own message is no text where it repeats what it could not read.
+        is_damaged = not isinstance(exc, sqlite3.Error) or any(word in str(exc) for word in _DAMAGED)
         raise StorageError(f"the ledger {path}: {exc}{_MEND if is_damaged else ''}") from exc
     except OSError as exc:
         raise StorageError(f"the ledger {path}: {exc.strerror or exc}") from exc
@@ -531,17 +587,18 @@ def seal(values: Sequence[Any]) -> int:
     return int.from_bytes(blake2b(repr(tuple(values)).encode(), digest_size=8).digest()) >> 2
 
 
-def attempt_seal(intended: Sequence[Any], settled: Sequence[Any], body: bytes) -> int:
+def attempt_seal(intended: Sequence[Any], settled: Sequence[Any], answered: str) -> int:
     """The seal of an attempt.
 
     Args:
         intended: the values of INTENT_COLUMNS.
         settled: those of SETTLEMENT_COLUMNS.
+        answered: the digest of its answer's body; that of nothing without one.
     """
     *first, repair, repair_key = intended
     # What is no repair is sealed as it was before there were any.
     repaired = (repair, repair_key) if repair else ()
-    return seal((*first, *repaired, *settled, digest(body)))
+    return seal((*first, *repaired, *settled, answered))
 
 
 def digest(body: bytes) -> str:

@@ -94,7 +94,7 @@ def load(*paths: str | os.PathLike[str], since: datetime | None = None, runs: Se
     for path in places.ledgers:
         try:
             with closing(LedgerView.read(path)) as ledger:
-                spend = read_ledger(ledger, since=since, runs=runs)
+                spend = read_ledger(ledger)
         except StorageError as exc:
             if path in places.named:
                 raise
@@ -116,10 +116,14 @@ def load(*paths: str | os.PathLike[str], since: datetime | None = None, runs: Se
         run_id = str(manifest["run_id"])
         if run_id in found:
             found[run_id].output, found[run_id].manifest = path, manifest
-        elif _is_wanted(run_id, since, runs):
+        else:
             found[run_id] = _Found(_of_manifest(manifest), None, [], path, manifest)
     ordered = sorted(found.values(), key=lambda one: (one.run.started_at, one.run.run_id))
-    return Report(_runs_frame(ordered), _spend_frame(ordered), places.notes)
+    frame = _runs_frame(ordered)
+    # Only now: a run is held beside the one before it, whether that is wanted or not.
+    wanted = [one for one in ordered if _is_wanted(one.run, since, runs)]
+    is_wanted = frame["run_id"].isin([one.run.run_id for one in wanted])
+    return Report(frame[is_wanted].reset_index(drop=True), _spend_frame(wanted), places.notes)
 
 
 @dataclass
@@ -172,9 +176,9 @@ def _kind(path: Path) -> str | None:
         return None
 
 
-def _is_wanted(run_id: str, since: datetime | None, runs: Sequence[str]) -> bool:
-    is_late = since is None or _began(run_id) >= since
-    return is_late and (not runs or any(run_id.startswith(beginning) for beginning in runs))
+def _is_wanted(run: RunSpend, since: datetime | None, runs: Sequence[str]) -> bool:
+    is_late = since is None or run.started_at >= since
+    return is_late and (not runs or any(run.run_id.startswith(beginning) for beginning in runs))
 
 
 def _began(run_id: str) -> datetime:
@@ -267,3 +271,8 @@ _DTYPES = dict.fromkeys(
     "int64",
 ) | {"seconds": "float64", "started_at": "datetime64[us, UTC]", "ended_at": "datetime64[us, UTC]", "is_repair": "bool",
      "rows_per_second": "float64", "change": "float64"}  # fmt: skip
+
+
+def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """The rows of a DataFrame, by the names of its columns."""
+    return [{str(name): value for name, value in row.items()} for row in frame.to_dict("records")]

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from batchrun.money import usd_text
 from batchrun.page_text import average, given, label, month, name, usd
 from batchrun.page_text import day as day_text
-from batchrun.report import Report
+from batchrun.report import Report, records
 from batchrun.spend import IN_FLIGHT
 from batchrun.spend_details import Details
 
@@ -139,7 +139,7 @@ def causes(details: Details) -> list[Line]:
 def budgets(report: Report) -> list[Line]:
     """The share of its budget that each of the newest runs has used, the newest first."""
     lines = []
-    for row in reversed(report.runs.to_dict("records")):
+    for row in reversed(records(report.runs)):
         cap, used = given(row["budget_usd"]), given(row["budget_used"])
         if cap is None or used is None:
             continue
@@ -195,7 +195,7 @@ class Evaluated(NamedTuple):
 def evaluations(report: Report) -> list[Evaluated]:
     """The newest first."""
     found = []
-    for row in reversed(report.runs.to_dict("records")):
+    for row in reversed(records(report.runs)):
         document = row["evaluation"]
         if not isinstance(document, dict):
             continue
@@ -217,7 +217,7 @@ class _Runs:
     """The runs of a report, by their id."""
 
     def __init__(self, report: Report) -> None:
-        self._rows = {row["run_id"]: (place, row) for place, row in enumerate(report.runs.to_dict("records"))}
+        self._rows = {row["run_id"]: (place, row) for place, row in enumerate(records(report.runs))}
 
     def place(self, run_id: str) -> int:
         """The newest has the highest."""
@@ -231,12 +231,12 @@ class _Runs:
         return _run_label(row), label(model), f"{_run_name(row)} · {name(model)}"
 
 
-def _run_label(row: dict[Any, Any]) -> str:
+def _run_label(row: dict[str, Any]) -> str:
     began = f" · {day_text(row['started_at'])}" if row["started_at"] != NO_TIME else ""
     return f"{label(row['job'], 24)}{began}"
 
 
-def _run_name(row: dict[Any, Any]) -> str:
+def _run_name(row: dict[str, Any]) -> str:
     return f"{name(row['job'])} · {name(row['run_id'], 40)}"
 
 
@@ -247,7 +247,7 @@ def _sums(report: Report) -> Iterator[_Sum]:
         if outcome != IN_FLIGHT:
             yield _Sum(day, model, amount, max(0, prompt - cached), cached, completion)
     in_parts = set(spend["run_id"])
-    for row in report.runs.to_dict("records"):
+    for row in records(report.runs):
         if row["run_id"] not in in_parts:
             # Known by its output alone: all of it counts for the day on which it began.
             began = row["started_at"]

@@ -1,4 +1,4 @@
-"""A report as a table for a terminal, Markdown, CSV, JSON or Parquet. Every figure is the ledger's, to the last digit."""
+"""A report as a table, Markdown, CSV, JSON or Parquet. Every figure is the ledger's, to the last digit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchrun.money import usd_text
-from batchrun.report import Report
+from batchrun.report import Report, records
 from batchrun.summary import exact_json
 from batchrun.tables import aligned, columns, shown
 
@@ -181,7 +181,7 @@ def csv_text(views: Views) -> str:
 def parquet_bytes(views: Views) -> bytes:
     """The runs, or the groups; dollars as decimal(38, 12)."""
     frame = views.groups if views.groups is not None else views.report.runs
-    rows = _records(frame)
+    rows = records(frame)
     arrays = {name: _array([_blank(row[name]) for row in rows], name) for name in frame.columns}
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table(arrays), sink)
@@ -194,13 +194,13 @@ def _tables(views: Views, width: int | None) -> list[tuple[list[str], list[list[
     if views.groups is not None:
         by = str(views.by)
         group = (_Column(by, lambda row: shown(_cell(row[by]) or "(none)", 40)), *_GROUP)
-        tables.append(_table(group, _records(views.groups), width))
+        tables.append(_table(group, records(views.groups), width))
     else:
-        rows = _records(report.runs)
+        rows = records(report.runs)
         total = {"run_id": f"{len(rows)} runs", "job": "", "model": "", "state": "finished", **report.totals}
         tables.append(_table(_RUN, rows, width, total if len(rows) > 1 else None))
     if views.top is not None:
-        title, table = _table(_TOP, _records(views.top), width)
+        title, table = _table(_TOP, records(views.top), width)
         tables.append((["the costliest rows:", *title], table))
     return tables
 
@@ -236,11 +236,7 @@ def _width(cells: Sequence[Sequence[str]]) -> int:
 
 
 def _plain(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    return [{name: _json_value(value) for name, value in row.items()} for row in _records(frame)]
-
-
-def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    return [{str(name): value for name, value in row.items()} for row in frame.to_dict("records")]
+    return [{name: _json_value(value) for name, value in row.items()} for row in records(frame)]
 
 
 def _blank(value: Any) -> Any:

@@ -20,7 +20,7 @@ from batchrun import __version__, page_text, report_figures
 from batchrun.errors import MissingHereError
 from batchrun.page_text import Cut, given, name, usd
 from batchrun.palette import PALETTE
-from batchrun.report import Report
+from batchrun.report import Report, records
 from batchrun.report_figures import NO_TIME, Evaluated, Line, Stack
 from batchrun.spend_details import Details, ShownRow
 
@@ -143,7 +143,7 @@ def page(report: Report, details: Details, *, made_at: datetime) -> str:
         MissingHereError: the extra `report` is not installed.
     """
     require()
-    runs = [_run_row(row) for row in report.runs.tail(MOST_RUNS).iloc[::-1].to_dict("records")]
+    runs = [_run_row(row) for row in records(report.runs.tail(MOST_RUNS).iloc[::-1])]
     content = _Content(
         title="Spend report",
         of=_of(report),
@@ -220,7 +220,7 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
     parts = [f"{totals['cached_tokens']:,} of them cached", f"{totals['completion_tokens']:,} out"]
     tiles.append(("Tokens", f"{totals['prompt_tokens']:,} in", " · ".join(parts)))
     if len(report.runs):
-        newest = report.runs.iloc[-1].to_dict()
+        newest = records(report.runs.tail(1))[0]
         trend = page_text.percent(newest["change"]) if given(newest["change"]) is not None else "no run before it"
         against = f"{trend} per 1,000 rows" if given(newest["change"]) is not None else trend
         tiles.append(("Newest run", usd(newest["usd_spent"]), f"{name(newest['job'], 40)}: {against}"))
@@ -297,7 +297,7 @@ def _table(lines: Sequence[Line], head: list[str], form: str) -> Table:
     )
 
 
-def _run_row(row: dict[Any, Any]) -> RunRow:
+def _run_row(row: dict[str, Any]) -> RunRow:
     per_1000, change = given(row["usd_per_1000_rows"]), given(row["change"])
     sources = [
         f"{source} {usd(row[column])}"

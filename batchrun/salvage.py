@@ -27,6 +27,7 @@ from batchrun.ledger_view import (
     SEAL_MASK,
     SETTLEMENT_COLUMNS,
     attempt_seal,
+    digest,
     log_of,
     seal,
     storage,
@@ -237,7 +238,7 @@ class _Damaged:
             row: _Row | None = self._db.execute("SELECT * FROM answer WHERE attempt_id = ?", (attempt_id,)).fetchone()
         except sqlite3.DatabaseError:
             return None
-        return row if row is not None and _body(row) is not None else None
+        return row if row is not None and (row.get("digest") or _body(row) is not None) else None
 
     def _between(self, table: str, start: int, stop: int) -> Iterator[_Row]:
         try:
@@ -424,9 +425,11 @@ def _is_altered(attempt: _Row, answer: _Row | None) -> bool:
 
 
 def _sealed(attempt: _Row, answer: _Row | None) -> int:
-    body = (_body(answer) or b"") if answer is not None else b""
+    answered = digest(b"")
+    if answer is not None:
+        answered = answer.get("digest") or digest(_body(answer) or b"")
     intended, settled = ([attempt[name] for name in columns] for columns in (INTENT_COLUMNS, SETTLEMENT_COLUMNS))
-    return attempt_seal(intended, settled, body)
+    return attempt_seal(intended, settled, answered)
 
 
 def _body(answer: _Row) -> bytes | None:

@@ -136,22 +136,16 @@ class _Known(NamedTuple):
     seconds: float
 
 
-def read_ledger(ledger: LedgerView, *, since: datetime | None = None, runs: Sequence[str] = ()) -> Spend:
+def read_ledger(ledger: LedgerView, *, number: int | None = None) -> Spend:
     """The runs of a ledger that have sent something or have seen their input.
 
     Args:
-        since: runs that began before it are left out.
-        runs: beginnings of run ids; only those runs. None for all.
+        number: `Run.run` of the only one that is wanted; None for all.
 
     Raises:
         StorageError: the ledger cannot be read.
     """
-    known = [
-        one
-        for one in _known(ledger)
-        if (since is None or _moment(one.run.started_at) >= since)
-        and (not runs or any(one.run.run_id.startswith(run_id) for run_id in runs))
-    ]
+    known = [one for one in _known(ledger) if number is None or one.run.run == number]
     parts = _parts(ledger, {one.run.run: one.run.run_id for one in known})
     by_day = _spent_by_day(ledger) if any(_cap(one).get("per") in ("day", "month") for one in known) else {}
     reused = _reused(ledger)

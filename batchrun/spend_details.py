@@ -82,7 +82,7 @@ class RowSpend(NamedTuple):
     usd_spent: Decimal
     """Of what is known."""
     attempt_id: int
-    """Its newest answer's; 0 without any."""
+    """Its newest one."""
 
 
 def failures(ledger: LedgerView, run_ids: Iterable[str]) -> list[Failures]:
@@ -90,8 +90,8 @@ def failures(ledger: LedgerView, run_ids: Iterable[str]) -> list[Failures]:
     return [
         Failures(*row)
         for row in ledger.rows(
-            "SELECT run_id, coalesce(error_kind, outcome), count(*) AS attempts FROM attempt JOIN run USING (run) "
-            f"WHERE outcome <> 'ok' AND run_id IN ({_listed(run_ids)}) GROUP BY 1, 2 ORDER BY attempts DESC, 1, 2"
+            "SELECT run_id, coalesce(error_kind, outcome), count(*) AS number FROM attempt JOIN run USING (run) "
+            f"WHERE outcome <> 'ok' AND run_id IN ({_listed(run_ids)}) GROUP BY 1, 2 ORDER BY number DESC, 1, 2"
         )
     ]
 
@@ -125,9 +125,9 @@ def costs(ledger: LedgerView, run_ids: Iterable[str]) -> list[Costs]:
 def costliest(ledger: LedgerView, run_ids: Iterable[str], most: int) -> list[RowSpend]:
     """The rows that cost most, the dearest first."""
     rows = ledger.rows(
-        "SELECT run_id, row_index + 1, model, sample, attempts, tokens, pico, newest FROM ("
-        "SELECT run, row_index, model, sample, count(*) AS attempts, coalesce(sum(total_tokens), 0) AS tokens, "
-        "sum(usd_pico) AS pico, coalesce(max(CASE outcome WHEN 'ok' THEN attempt_id END), 0) AS newest FROM charged "
+        "SELECT run_id, row_index + 1, model, sample, number, tokens, pico, newest FROM ("
+        "SELECT run, row_index, model, sample, count(*) AS number, coalesce(sum(total_tokens), 0) AS tokens, "
+        "sum(usd_pico) AS pico, max(attempt_id) AS newest FROM charged "
         f"WHERE outcome IS NOT NULL AND row_index <> {NO_ROW} "
         f"AND run IN (SELECT run FROM run WHERE run_id IN ({_listed(run_ids)})) "
         f"GROUP BY run, row_index, model, sample HAVING pico > 0 ORDER BY pico DESC, run, row_index LIMIT {int(most)}"

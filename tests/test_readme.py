@@ -64,6 +64,13 @@ def test_every_command_is_in_the_readme() -> None:
         "--settle-after",
         "--to",
         "--columns",
+        "--by",
+        "--since",
+        "--run",
+        "--top",
+        "--format",
+        "--row",
+        "--older-than",
     ):
         assert option in commands
 

@@ -271,3 +271,21 @@ def test_a_salvage_that_is_killed_is_begun_again(work: Workspace, provide: Provi
     assert work.run().code == 0
     assert len(provider.requests) - asked < 400 - 150
     assert work.batchrun("verify", "job.yaml").code == 0
+
+
+def test_a_ledger_whose_own_words_are_no_text_is_damaged_and_no_bug(work: Workspace, provide: Provide) -> None:
+    work.write_rows(["a"])
+    work.write_job(provide().base_url)
+    assert work.run().code == 0
+    whole = work.ledger.read_bytes()
+    # The name that SQLite repeats when it cannot read what belongs to it.
+    place = whole.index(b"tablerunrun") + 5
+    damaged = (whole[:place] + b"\x9e\x9e\x9e" + whole[place + 3 :]).replace(
+        b"CREATE TABLE run (", b"CREATE TABLE run )"
+    )
+    work.ledger.write_bytes(damaged)
+    for command in (("job.yaml",), ("verify", "job.yaml"), ("export", "job.yaml")):
+        result = work.batchrun(*command)
+        assert result.code == 6, result.stderr
+        assert "Traceback" not in result.stderr
+        assert "batchrun salvage JOB" in result.stderr + result.stdout

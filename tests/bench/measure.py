@@ -75,6 +75,16 @@ def stub(folder: Path, *, is_tls: bool = False, **options: Any) -> Iterator[Stub
             process.wait(30)
 
 
+# A process of its own: what a child takes is told together with what its parent had taken when it was begun.
+_WATCH = """
+import json, os, subprocess, sys
+process = subprocess.Popen(sys.argv[2:], stdin=subprocess.DEVNULL)
+_, status, used = os.wait4(process.pid, 0)
+with open(sys.argv[1], "w") as fp:
+    json.dump([os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_stime, used.ru_maxrss], fp)
+"""
+
+
 def measured(command: Sequence[str], server: Stub, log: Path, code: int = 0) -> Measured:
     """Run a command to its end.
 
@@ -85,20 +95,21 @@ def measured(command: Sequence[str], server: Stub, log: Path, code: int = 0) -> 
     trusted = {"SSL_CERT_FILE": str(server.certificate)} if server.certificate else {}
     with log.open("w") as fp:
         began = time.monotonic()
-        process = subprocess.Popen(
-            command, stdout=fp, stderr=fp, stdin=subprocess.DEVNULL, preexec_fn=_pinned(0),
+        told = log.with_name(f"{log.name}.used")
+        subprocess.run(
+            [sys.executable, "-S", "-c", _WATCH, str(told), *command], stdout=fp, stderr=fp, check=True,
+            stdin=subprocess.DEVNULL, preexec_fn=_pinned(0),
             env={**os.environ, **trusted, "STUB": server.base_url, "STUB_KEY": "sk-stub"},
         )  # fmt: skip
-        _, status, used = os.wait4(process.pid, 0)
         wall = time.monotonic() - began
-        process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode != code:
-        raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}:\n{log.read_text()[-2000:]}")
+    ended, cpu, peak = json.loads(told.read_text())
+    if ended != code:
+        raise RuntimeError(f"{' '.join(command)} ended with {ended}:\n{log.read_text()[-2000:]}")
     after = server.stats()
     return Measured(
         wall,
-        used.ru_utime + used.ru_stime,
-        used.ru_maxrss / (1024 if sys.platform == "linux" else 1024**2),
+        cpu,
+        peak / (1024 if sys.platform == "linux" else 1024**2),
         after["requests"] - before["requests"],
         after["refusals"] - before["refusals"],
         after["most_in_flight"],
