@@ -117,8 +117,8 @@ def bars(key: str, lines: Sequence[Line]) -> Drawing:
     return _drawn(key, make)
 
 
-POINTS = (("series-1", "circle"), ("series-2", "diamond"), ("series-4", "triangle-up"))
-"""Colours (of the palette) and shapes of the points of `ranges`."""
+POINTS = (("series-1", "circle", "●"), ("series-2", "diamond", "◆"), ("series-4", "triangle-up", "▲"))
+"""The points of `ranges`: colour (of the palette), shape, and its sign in a text."""
 
 
 def ranges(key: str, lines: Sequence[Line]) -> Drawing:
@@ -138,7 +138,7 @@ def ranges(key: str, lines: Sequence[Line]) -> Drawing:
                 x=alt.X("v0:Q", title=None, scale=scale, axis=axis), x2="v2:Q", y=y
             )
         ]
-        for place, (colour, shape) in enumerate(POINTS):
+        for place, (colour, shape, _) in enumerate(POINTS):
             mark = base.mark_point(shape=shape, filled=True, size=90, yOffset=low, opacity=1, color=_LIGHT[colour])
             layers.append(mark.encode(x=alt.X(f"v{place}:Q", title=None, scale=scale, axis=axis), y=y))
         return _lines(base, layers, lines)

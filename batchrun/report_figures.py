@@ -63,6 +63,13 @@ class Line(NamedTuple):
     values: list[float]
 
 
+class Table(NamedTuple):
+    """Cells as text; the first of each row names it."""
+
+    head: list[str]
+    rows: list[list[str]]
+
+
 class Step(NamedTuple):
     """Rows that cost about as much."""
 
@@ -141,11 +148,11 @@ def budgets(report: Report) -> list[Line]:
     lines = []
     for row in reversed(records(report.runs)):
         cap, used = given(row["budget_usd"]), given(row["budget_used"])
-        if cap is None or used is None:
+        # No share of nothing can be drawn.
+        if not cap or used is None:
             continue
         per = name(row["budget_per"], 10)
-        # Nothing is used up of no budget; anything is twice too much.
-        share = float(used / cap) if cap else 2.0 * bool(used)
+        share = float(used / cap)
         short = f"{min(share, 99.99):.0%}: {average(used)} of {usd(cap)} per {label(per, 10)}"
         exact = f"{usd(used)} of {usd(cap)} per {per}"
         lines.append(Line(_run_label(row), short, f"{_run_name(row)}: {exact}", [share]))

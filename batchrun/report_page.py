@@ -21,11 +21,11 @@ from batchrun.errors import MissingHereError
 from batchrun.page_text import Cut, given, name, usd
 from batchrun.palette import PALETTE
 from batchrun.report import Report, records
-from batchrun.report_figures import NO_TIME, Evaluated, Line, Stack
+from batchrun.report_figures import NO_TIME, Evaluated, Table
 from batchrun.spend_details import Details, ShownRow
 
 if TYPE_CHECKING:
-    from batchrun.report_charts import Drawing
+    from batchrun.report_drawn import Figure
 
 FIRST_RUNS, MOST_RUNS = 20, 100
 MOST_ROWS = 50
@@ -33,32 +33,6 @@ MOST_NOTES = 20
 _MOST_CLASSES = 50
 _LONGEST_TEXT, _ALL_TEXTS = 4_000, 100_000
 """Characters of one prompt or answer, and of all together."""
-_PERCENTILES = ("half within", "95% within", "99% within")
-
-
-class Table(NamedTuple):
-    """Cells as text; the first of each row names it."""
-
-    head: list[str]
-    rows: list[list[str]]
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A chart with its words, and its figures as a table."""
-
-    key: str
-    title: str
-    caption: str
-    drawing: Drawing
-    table: Table
-    legend: Sequence[tuple[str, str, str]] = ()
-    """Colour (as in the palette), sign, name."""
-
-    @property
-    def spoken(self) -> str:
-        """For those who cannot see it."""
-        return f"Chart: {self.title}. {self.caption} The figures follow as a table."
 
 
 class RunRow(NamedTuple):
@@ -143,6 +117,9 @@ def page(report: Report, details: Details, *, made_at: datetime) -> str:
         MissingHereError: the extra `report` is not installed.
     """
     require()
+    # Not before: it needs the extra.
+    from batchrun import report_drawn
+
     runs = [_run_row(row) for row in records(report.runs.tail(MOST_RUNS).iloc[::-1])]
     content = _Content(
         title="Spend report",
@@ -151,13 +128,13 @@ def page(report: Report, details: Details, *, made_at: datetime) -> str:
         total=usd(report.totals["usd_spent"]),
         sources=[f"{source} {usd(report.totals[f'usd_{source}'])}" for source in ("reported", "estimated")],
         tiles=_tiles(report),
-        figures=_figures(report, details),
+        figures=report_drawn.figures(report, details),
         runs=runs[:FIRST_RUNS],
         older=runs[FIRST_RUNS:],
         runs_note=_runs_note(report),
         top=_top(details.top),
         top_note=_more(len(details.top), MOST_ROWS, "rows are left out here"),
-        scores=_scores(report),
+        scores=report_drawn.scores(report),
         evaluated=_evaluated(report),
         matrix=_matrix(report),
         notes=[name(note, 300) for note in report.notes[:MOST_NOTES]]
@@ -227,76 +204,6 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
     return tiles
 
 
-def _figures(report: Report, details: Details) -> list[Figure]:
-    from batchrun import report_charts
-
-    figures = []
-    dollars, tokens = report_figures.over_time(report)
-    if dollars is not None:
-        figures.append(_over_time("spend", "Spend by model", dollars, is_usd=True))
-    if tokens is not None:
-        figures.append(_over_time("tokens", "Tokens", tokens, is_usd=False))
-    if steps := report_figures.steps(details):
-        figures.append(
-            Figure(
-                "costs", "Cost of a row", "Rows by what they cost, where all of it is known.",
-                report_charts.histogram("costs", steps),
-                Table(["$", "rows"], [[one.label, f"{one.rows:,}"] for one in steps]),
-            )
-        )  # fmt: skip
-    if lines := report_figures.causes(details):
-        figures.append(
-            Figure(
-                "failures", "Failures by cause", "Attempts that brought no answer; most were asked again.",
-                report_charts.bars("failures", lines), _table(lines, ["attempts"], "{:,}"),
-            )
-        )  # fmt: skip
-    for key, title, is_first in (("latency", "Time to the answer", False), ("first", "Time to the first token", True)):
-        if lines := report_figures.seconds(report, details, is_first=is_first):
-            signs = zip(("series-1", "series-2", "series-4"), "●◆▲", _PERCENTILES, strict=True)
-            figures.append(
-                Figure(
-                    key, title, "Seconds, of the newest runs and models.", report_charts.ranges(key, lines),
-                    _table(lines, list(_PERCENTILES), "{:.3f} s"), list(signs),
-                )
-            )  # fmt: skip
-    if lines := report_figures.budgets(report):
-        figures.append(
-            Figure(
-                "budgets", "Spend against budget", "Of the newest runs that have one; the mark is the budget.",
-                report_charts.shares("budgets", lines), _table(lines, ["used"], "{:.1%}"),
-            )
-        )  # fmt: skip
-    return figures
-
-
-def _over_time(key: str, title: str, stack: Stack, *, is_usd: bool) -> Figure:
-    from batchrun import report_charts
-
-    def text(value: Decimal) -> str:
-        return usd(value) if is_usd else f"{value:,}"
-
-    caption = f"By {stack.unit} (UTC), {stack.years}; {text(stack.total)} in all."
-    if stack.not_drawn:
-        caption += f" {text(stack.not_drawn)} more, of earlier or unknown times, are not drawn."
-    # In the order of the drawing, where the first lies at the bottom.
-    legend = [(f"series-{place + 1}", "■", series) for place, series in enumerate(stack.series)]
-    rows = [
-        [bucket, *(text(value) for value in values), text(sum(values, Decimal(0)))]
-        for bucket, values in zip(stack.buckets, stack.values, strict=True)
-        if any(values)
-    ]
-    drawing = report_charts.stacked(key, stack, is_usd=is_usd)
-    return Figure(key, title, caption, drawing, Table([stack.unit, *stack.series, "all"], rows), legend)
-
-
-def _table(lines: Sequence[Line], head: list[str], form: str) -> Table:
-    return Table(
-        ["", *head],
-        [[line.name, *("" if value is None else form.format(value) for value in line.values)] for line in lines],
-    )
-
-
 def _run_row(row: dict[str, Any]) -> RunRow:
     per_1000, change = given(row["usd_per_1000_rows"]), given(row["change"])
     sources = [
@@ -358,19 +265,6 @@ def _top(shown: Sequence[ShownRow]) -> list[TopRow]:
         )
         for one in shown[:MOST_ROWS]
     ]
-
-
-def _scores(report: Report) -> list[Figure]:
-    from batchrun import report_charts
-
-    return [
-        Figure(
-            f"metric-{place}", metric.name, "With 95% intervals; of the newest runs that were evaluated.",
-            report_charts.intervals(f"metric-{place}", metric),
-            _table(metric.lines, ["value", "from", "to"], "{:.4f}"),
-        )
-        for place, metric in enumerate(report_figures.metrics(report))
-    ]  # fmt: skip
 
 
 def _evaluated(report: Report) -> Table | None:

@@ -54,6 +54,7 @@ FLOORS = [
     {"derive", "exports", "journal", "report"},
     {"report_formats", "report_groups", "report_figures"},
     {"report_charts"},
+    {"report_drawn"},
     {"report_page"},
     {"runner", "starter", "reviews", "salvage"},
     {"plan"},
