@@ -292,6 +292,13 @@ def init(data: Path, output: Path | None) -> None:
     help="CSV and Parquet hold the runs or, with --by, its groups.",
 )
 @click.option("--output", type=click.Path(path_type=Path), metavar="FILE", help="Write there, not to stdout.")
+@click.option(
+    "--html",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write a page with charts, which needs no network and runs no script.",
+)
+@click.option("--no-content", is_flag=True, help="With --html: leave prompts and answers out.")
 def report(
     paths: tuple[Path, ...],
     by: str | None,
@@ -300,18 +307,24 @@ def report(
     top: int | None,
     form: str,
     output: Path | None,
+    html: Path | None,
+    no_content: bool,
 ) -> None:
     """What every run cost. PATH: a ledger, an output, or a folder of them (outputs, if there is none)."""
-    from batchrun.reporting import make
+    from batchrun.reporting import make, make_page, write
 
+    if html is not None:
+        page = make_page(paths, since=since, runs=runs, top=top, content=not no_content)
+        for note in page.notes:
+            _say(note)
+        write(html, page.data)
+        _say(f"page: {html}")
+        return
     made = make(paths, by=by, since=since, runs=runs, top=top, form=form, width=_width() if output is None else None)
     for note in made.notes:
         _say(note)
     if output is not None:
-        from batchrun.folders import appearing
-
-        with appearing(output) as beside:
-            beside.write_bytes(made.data)
+        write(output, made.data)
     elif form == "parquet":
         raise click.UsageError("--format parquet is no text: add --output FILE")
     else:

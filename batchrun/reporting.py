@@ -11,7 +11,8 @@ from typing import Any
 
 import pandas as pd
 
-from batchrun.errors import JobError
+from batchrun.errors import JobError, StorageError
+from batchrun.folders import appearing
 from batchrun.ledger_view import LedgerView, Run
 from batchrun.lookup import Lookup, prompt_text
 from batchrun.moments import moment_of
@@ -30,6 +31,8 @@ from batchrun.spend_details import (
     failures,
     seconds,
 )
+
+_USUAL_TOP = 20
 
 
 @dataclass(frozen=True)
@@ -65,11 +68,7 @@ def make(
         JobError: a path or an option is wrong.
         StorageError: a file cannot be read.
     """
-    report = load(
-        *paths, since=moment_of(since, datetime.now(UTC), "--since") if since is not None else None, runs=runs
-    )
-    if runs and report.runs.empty:
-        raise JobError(f"--run {', '.join(runs)}: there is no such run")
+    report = _loaded(paths, since, runs)
     views = Views(
         report,
         by,
@@ -90,10 +89,51 @@ def make(
     return Made(text.encode("utf-8", "replace"), report.notes)
 
 
+def _loaded(paths: Sequence[Path], since: str | None, runs: Sequence[str]) -> Report:
+    began = moment_of(since, datetime.now(UTC), "--since") if since is not None else None
+    report = load(*paths, since=began, runs=runs)
+    if runs and report.runs.empty:
+        raise JobError(f"--run {', '.join(runs)}: there is no such run")
+    return report
+
+
 def _costliest(report: Report, most: int) -> list[tuple[str, RowSpend]]:
     """The rows that cost most, with their jobs."""
     found = [(jobs[row.run_id], row) for ledger, jobs in _ledgers(report) for row in costliest(ledger, jobs, most)]
     return sorted(found, key=lambda one: -one[1].usd_spent)[:most]
+
+
+def make_page(paths: Sequence[Path], *, since: str | None, runs: Sequence[str], top: int | None, content: bool) -> Made:
+    """A page of what stands in some places.
+
+    Args:
+        top: so many of the costliest rows; None for the usual number.
+        content: with their prompts and answers.
+
+    Raises:
+        JobError: a path or an option is wrong.
+        MissingHereError: the extra `report` is not installed.
+        StorageError: a file cannot be read.
+    """
+    from batchrun.report_page import page, require
+
+    require()
+    report = _loaded(paths, since, runs)
+    details = details_of(report, most=top if top is not None else _USUAL_TOP, content=content)
+    return Made(page(report, details, made_at=datetime.now(UTC)).encode("utf-8", "replace"), report.notes)
+
+
+def write(path: Path, data: bytes) -> None:
+    """Write a file that appears whole or not at all.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    try:
+        with appearing(path) as beside:
+            beside.write_bytes(data)
+    except OSError as exc:
+        raise StorageError(f"{path} cannot be written: {exc.strerror or exc}") from exc
 
 
 def details_of(report: Report, *, most: int, content: bool) -> Details:
