@@ -426,13 +426,22 @@ class LedgerView:
 
     def counts(self, run: Run) -> tuple[int, int]:
         """Rows of a run that are ok, and that are failed."""
+        is_plain = (
+            not self._has_moved(run)
+            and self._value("SELECT 1 FROM reused WHERE run = ? AND source_run = run LIMIT 1", run.run) is None
+        )
         with storage(self.path):
-            ok, failed = self._db.execute(
-                f"SELECT coalesce(sum(ok), 0), coalesce(sum(final AND NOT ok), 0) FROM ("
-                f"SELECT max(outcome = 'ok') AS ok, {NEWEST_IS_FINAL} AS final FROM ({self.standing_sql(run)}) "
-                f"GROUP BY at, model, sample)",
-                everywhere(run),
-            ).fetchone()
+            # Where each attempt stands in its own row, no slots need to be put together: a third of the time.
+            sql = (
+                _COUNTS
+                if is_plain
+                else (
+                    f"SELECT coalesce(sum(ok), 0), coalesce(sum(final AND NOT ok), 0) FROM ("
+                    f"SELECT max(outcome = 'ok') AS ok, {NEWEST_IS_FINAL} AS final FROM ({self.standing_sql(run)}) "
+                    f"GROUP BY at, model, sample)"
+                )
+            )
+            ok, failed = self._db.execute(sql, everywhere(run)).fetchone()
         faults = self._value("SELECT count(*) FROM row_fault WHERE run = ?", run.run)
         return ok - len(self.repairs_wanted(run)), failed + faults
 
@@ -523,6 +532,18 @@ _CHUNK_ROWS = 1024
 _HAS_OWN = (
     "EXISTS (SELECT 1 FROM attempt WHERE attempt.run = reused.run AND attempt.row_index = reused.row_index "
     "AND attempt.model = reused.model AND attempt.sample = reused.sample AND (outcome = 'ok' OR final))"
+)
+_SAME_SLOT = (
+    "{0}.run = attempt.run AND {0}.row_index = attempt.row_index AND {0}.model = attempt.model "
+    "AND {0}.sample = attempt.sample"
+)
+_COUNTS = (
+    "SELECT (SELECT count(*) FROM attempt WHERE run = :run AND outcome = 'ok' AND repair = 0) "
+    "+ (SELECT count(*) FROM reused WHERE run = :run), "
+    "(SELECT count(*) FROM attempt WHERE run = :run AND final AND outcome <> 'ok' "
+    f"AND NOT EXISTS (SELECT 1 FROM attempt AS other WHERE {_SAME_SLOT.format('other')} "
+    "AND (other.outcome = 'ok' OR (other.attempt_id > attempt.attempt_id AND other.outcome IS NOT NULL))) "
+    f"AND NOT EXISTS (SELECT 1 FROM reused WHERE {_SAME_SLOT.format('reused')}))"
 )
 # Of a slot's attempts only the newest tells whether it is failed: one that is asked again is pending meanwhile.
 NEWEST_IS_FINAL = "max(attempt_id * 2 + final) & 1"

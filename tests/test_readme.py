@@ -69,6 +69,8 @@ def test_every_command_is_in_the_readme() -> None:
         "--run",
         "--top",
         "--format",
+        "--html",
+        "--no-content",
         "--row",
         "--older-than",
     ):

@@ -18,6 +18,7 @@ import pytest
 
 from batchrun import accounts, report
 from batchrun.ledger_view import LedgerView
+from batchrun.money import usd_text
 
 from .conftest import FakeProvider, Workspace, fake_providers
 
@@ -225,3 +226,47 @@ def test_a_row_and_a_run_are_shown_with_all_that_is_known(work: Workspace, provi
     for options, told in ((("--row", "9"), "has the rows 1 to 2"), (("--run", "x"), "there is no such run")):
         refused = work.batchrun("show", "job.yaml", *options)
         assert (refused.code, told in refused.stderr) == (2, True), refused.stderr
+
+
+def test_a_page_has_every_figure_and_no_script(history: tuple[Workspace, Decimal]) -> None:
+    pytest.importorskip("altair", reason="needs the extra `report`")
+    work, _ = history
+    made = work.batchrun("report", "--html", "report.html", "--top", "5")
+    assert made.code == 0, made.stderr
+    page = (work.folder / "report.html").read_text(encoding="utf-8")
+    found = work.batchrun("report", "--format", "json", "--top", "5").json
+    for run in found["runs"]:
+        assert run["run_id"] in page
+        assert f"${usd_text(run['usd_spent'])}" in page
+    assert f"${usd_text(found['totals']['usd_spent'])}" in page
+    for row in found["top"]:
+        assert f"${usd_text(row['usd_spent'])}" in page
+    assert "<script" not in page
+    assert len(page.encode()) < 1_500_000
+
+
+def test_a_page_shows_prompts_and_answers_unless_told_not_to(work: Workspace, provide: Provide) -> None:
+    pytest.importorskip("altair", reason="needs the extra `report`")
+    hostile = "<script>alert(1)</script><img src=x onerror=alert(2)>"
+    work.write_rows([f"a prompt of ours <<{json.dumps({'say': hostile})}>>"])
+    work.write_job(
+        provide().base_url, model="</title><script>alert(3)</script>", prices={"input_mtok": 1, "output_mtok": 1}
+    )
+    assert work.run().code == 0
+    assert work.batchrun("report", ".", "--html", "with.html").code == 0
+    assert work.batchrun("report", ".", "--html", "without.html", "--no-content").code == 0
+    shown, plain = ((work.folder / name).read_text(encoding="utf-8") for name in ("with.html", "without.html"))
+    assert ("a prompt of ours" in shown, "a prompt of ours" in plain) == (True, False)
+    assert ("onerror=alert(2)" in shown, "onerror" in plain) == (True, False)
+    for page in (shown, plain):
+        assert "<script" not in page
+        assert "<img" not in page
+
+
+def test_a_page_that_cannot_be_written_is_told(work: Workspace, provide: Provide) -> None:
+    pytest.importorskip("altair", reason="needs the extra `report`")
+    work.write_rows(["a"])
+    work.write_job(provide().base_url)
+    work.run()
+    result = work.batchrun("report", ".", "--html", "/proc/report.html")
+    assert (result.code, "/proc/report.html cannot be written" in result.stderr) == (6, True), result.stderr
