@@ -460,7 +460,9 @@ def _terminated(number: int, frame: Any) -> None:
 
 def _print(data: str) -> None:
     try:
-        click.echo(data)
+        # Not click's echo, which takes escape sequences out of data.
+        sys.stdout.write(f"{data}\n")
+        sys.stdout.flush()
     except BrokenPipeError:
         _mute(sys.stdout)  # whoever read it has seen enough
     except OSError as exc:

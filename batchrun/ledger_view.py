@@ -193,28 +193,23 @@ class LedgerView:
             raise JobError(f"the answers of run {run.run_id} were pruned on {day}: it cannot {what} any more")
 
     def prunable(self, before: int) -> list[Run]:
-        """Runs that are over since before a moment and have answers that could be dropped, from the oldest on."""
+        """Runs that are over since before a moment, from the oldest on, but for those whose output is to be written."""
         return [
             Run(number, run_id, started_at, state, is_new=False)
             for number, run_id, started_at, state in self.rows(
-                "SELECT run, run_id, started_at, state FROM run WHERE state <> 'open' "
-                "AND coalesce(ended_at, started_at) < ? AND EXISTS (SELECT 1 FROM attempt JOIN answer "
-                "USING (attempt_id) WHERE attempt.run = run.run AND digest IS NULL) ORDER BY run",
+                "SELECT run, run_id, started_at, state FROM run WHERE state <> 'open' AND is_written "
+                "AND coalesce(ended_at, started_at) < ? ORDER BY run",
                 (before,),
             )
         ]
 
-    def kept_answers(self, runs: Sequence[Run]) -> int:
-        """Answers of runs that have been pruned and are there all the same."""
-        number = self._value(
-            "SELECT count(*) FROM attempt JOIN answer USING (attempt_id) WHERE digest IS NULL "
-            f"AND attempt.run IN ({', '.join(str(run.run) for run in runs)})"
-        )
-        return int(number)
+    def is_pruned(self) -> bool:
+        """True if the answers of any run were dropped."""
+        return self._value("SELECT 1 FROM run WHERE pruned_at IS NOT NULL LIMIT 1") is not None
 
     def pruned_answers(self, run: Run) -> int:
         """Slots that the last `place` saw, and whose answers by earlier runs were dropped."""
-        if self._value("SELECT 1 FROM run WHERE pruned_at IS NOT NULL LIMIT 1") is None:
+        if not self.is_pruned():
             return 0
         number = self._value(
             "SELECT count(*) FROM temp.asked WHERE NOT EXISTS (SELECT 1 FROM reused WHERE reused.run = ? "
@@ -235,11 +230,11 @@ class LedgerView:
         """Slots that the last `place` saw and that earlier runs have answered."""
         with storage(self.path):
             row = self._db.execute(
-                """
+                f"""
                 WITH earlier AS (
                     SELECT key, sample, max(run) AS run, avg(usd_pico) AS usd_pico
-                    FROM charged WHERE outcome = 'ok' AND run <> :run
-                    AND attempt_id NOT IN (SELECT attempt_id FROM answer WHERE digest IS NOT NULL) GROUP BY key, sample
+                    FROM charged AS attempt WHERE outcome = 'ok' AND run <> :run
+                    {UNPRUNED} GROUP BY key, sample
                 )
                 SELECT count(*), max(earlier.run), sum(usd_pico), count(usd_pico)
                 FROM temp.asked JOIN earlier USING (key, sample)
@@ -494,6 +489,19 @@ class LedgerView:
     def _has_moved(self, run: Run) -> bool:
         return self._value("SELECT 1 FROM moved WHERE run = ? LIMIT 1", run.run) is not None
 
+    @contextmanager
+    def snapshot(self) -> Iterator[None]:
+        """What is read inside of it is of one moment, though a run may go on meanwhile. Not within a transaction."""
+        with storage(self.path):
+            if self._db.in_transaction:
+                yield
+                return
+            self._db.execute("BEGIN")
+            try:
+                yield
+            finally:
+                self._db.execute("COMMIT")
+
     def rows(self, sql: str, parameters: Any = ()) -> list[tuple[Any, ...]]:
         """What a query gives, all at once."""
         with storage(self.path):
@@ -533,6 +541,13 @@ _HAS_OWN = (
     "EXISTS (SELECT 1 FROM attempt WHERE attempt.run = reused.run AND attempt.row_index = reused.row_index "
     "AND attempt.model = reused.model AND attempt.sample = reused.sample AND (outcome = 'ok' OR final))"
 )
+UNPRUNED = (
+    "AND (attempt.run IN (SELECT run FROM run WHERE pruned_at IS NULL) OR NOT EXISTS ("
+    "SELECT 1 FROM attempt AS dropped JOIN answer USING (attempt_id) WHERE dropped.run = attempt.run "
+    "AND dropped.row_index = attempt.row_index AND dropped.model = attempt.model AND dropped.sample = attempt.sample "
+    "AND dropped.key = attempt.key AND digest IS NOT NULL))"
+)
+"""SQL for attempts of groups that are whole: of an answer and its repairs none was dropped."""
 _SAME_SLOT = (
     "{0}.run = attempt.run AND {0}.row_index = attempt.row_index AND {0}.model = attempt.model "
     "AND {0}.sample = attempt.sample"

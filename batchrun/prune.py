@@ -28,7 +28,7 @@ class Pruned:
     def lines(self) -> list[str]:
         """A short text."""
         if not self.runs:
-            return ["nothing is as old as that: no run was pruned"]
+            return ["there is nothing of that age to drop: no run was pruned"]
         freed = (self.bytes_before - self.bytes_after) / 1e6
         lines = [
             f"pruned {len(self.runs)} runs, {self.runs[0]} to {self.runs[-1]}: {self.answers} answers, {freed:.1f} MB "
@@ -55,7 +55,7 @@ def prune(job: Job, before: datetime, *, adopt: bool = False) -> Pruned:
     with closing(Ledger.open(job.ledger_path, job_name=job.name, job_path=job.path, adopt=adopt)) as ledger:
         size = ledger.size()
         runs = ledger.prunable(round(before.timestamp() * 1e6))
-        answers = ledger.prune(runs)
-        if answers:
-            ledger.compact()
-        return Pruned([run.run_id for run in runs], answers, ledger.kept_answers(runs), size, ledger.size())
+        dropped, kept = ledger.prune(runs)
+        ledger.compact()
+        pruned = [run.run_id for run in runs if run.run in dropped]
+        return Pruned(pruned, sum(dropped.values()), kept, size, ledger.size())

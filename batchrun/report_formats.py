@@ -15,6 +15,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from batchrun.exports import UnixLines
 from batchrun.money import usd_text
 from batchrun.report import Report, records
 from batchrun.summary import exact_json
@@ -171,7 +172,7 @@ def csv_text(views: Views) -> str:
     """The runs, or the groups, with a line for each."""
     frame = views.groups if views.groups is not None else views.report.runs
     buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
+    writer = csv.writer(UnixLines(buffer), lineterminator="\r\n")
     writer.writerow(frame.columns)
     for row in _plain(frame):
         writer.writerow([_cell(value) for value in row.values()])

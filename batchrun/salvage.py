@@ -351,7 +351,8 @@ class _Attempts:
         newest = max((number for number, run in self.runs.items() if run["attempts"]), default=0)
         for number, run in self.runs.items():
             if number in self._lost_in:
-                run["state"] = "open" if number == newest else "abandoned"
+                is_open = number == newest and run.get("pruned_at") is None
+                run["state"] = "open" if is_open else "abandoned"
             elif number > newest and newest in self._lost_in:
                 run["state"] = "abandoned"  # it has sent nothing, and must not stand before the one to be gone on with
         return self._saved
@@ -377,6 +378,8 @@ class _Attempts:
             _put(self._db, "answer", answer)
         self._stand_in(attempt)
         run = self.runs[attempt["run"]]
+        if answer is not None and answer.get("digest"):
+            run["pruned_at"] = run.get("pruned_at") or now_us()
         run["attempts"] += 1
         run["settled"] += attempt["outcome"] is not None
         run["seals"] = (run["seals"] + (attempt["seal"] or 0)) & SEAL_MASK

@@ -208,7 +208,9 @@ def show_run(job: Job, run_id: str | None) -> ShownRun:
     """
     with closing(_open(job)) as ledger:
         run = _run(job, ledger, run_id)
-        (spend,) = read_ledger(ledger, number=run.run).runs
+        spend = next(iter(read_ledger(ledger, number=run.run).runs), None)
+        if spend is None:
+            raise JobError(f"run {run.run_id} has not got as far as its input: there is nothing to show of it")
         invocations = [
             Invocation(_moment(began), _moment(ended) if ended is not None else None, *rest)
             for began, ended, *rest in ledger.rows(

@@ -145,6 +145,11 @@ def read_ledger(ledger: LedgerView, *, number: int | None = None) -> Spend:
     Raises:
         StorageError: the ledger cannot be read.
     """
+    with ledger.snapshot():
+        return _read(ledger, number)
+
+
+def _read(ledger: LedgerView, number: int | None) -> Spend:
     known = [one for one in _known(ledger) if number is None or one.run.run == number]
     parts = _parts(ledger, {one.run.run: one.run.run_id for one in known})
     by_day = _spent_by_day(ledger) if any(_cap(one).get("per") in ("day", "month") for one in known) else {}
