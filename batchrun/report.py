@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -21,15 +21,16 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from batchrun.errors import JobError, StorageError
 from batchrun.ledger_view import LedgerView
 from batchrun.money import DERIVED, REPORTED
+from batchrun.report_places import Places
 from batchrun.sink import manifest_of
 from batchrun.spend import Part, RunSpend, read_ledger, share
 
-_MAGIC = b"SQLite format 3\0"
-_LEDGERS = (".sqlite", ".sqlite3", ".db")
 RATIOS = ("usd_per_1000_rows", "usd_per_ok_row", "rows_per_second")
 RUN_COLUMNS = (*(one.name for one in dataclasses.fields(RunSpend)), *RATIOS, "change", "ledger", "output", "evaluation")
 SPEND_COLUMNS = ("job", "provider", *(one.name for one in dataclasses.fields(Part)))
@@ -89,7 +90,7 @@ def load(*paths: str | os.PathLike[str], since: datetime | None = None, runs: Se
         JobError: a path is none of these.
         StorageError: a file that was named cannot be read.
     """
-    places = _Places([Path(path) for path in paths or ("outputs",)])
+    places = Places([Path(path) for path in paths or ("outputs",)])
     found: dict[str, _Found] = {}
     for path in places.ledgers:
         try:
@@ -113,17 +114,32 @@ def load(*paths: str | os.PathLike[str], since: datetime | None = None, runs: Se
             if path in places.named:
                 raise JobError(f"{path}: is no output that batchrun has written")
             continue
-        run_id = str(manifest["run_id"])
-        if run_id in found:
-            found[run_id].output, found[run_id].manifest = path, manifest
-        else:
-            found[run_id] = _Found(_of_manifest(manifest), None, [], path, manifest)
+        try:
+            run_id, told = str(manifest["run_id"]), _of_manifest(manifest)
+        except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError) as exc:
+            places.notes.append(f"left out: {path} is no output of this batchrun: {type(exc).__name__}: {exc}")
+            continue
+        one = found.setdefault(run_id, _Found(told, None, []))
+        # One that holds some columns or rows alone has the whole run's manifest all the same.
+        if one.output is None and _is_whole(path, manifest):
+            one.output, one.manifest = path, manifest
     ordered = sorted(found.values(), key=lambda one: (one.run.started_at, one.run.run_id))
     frame = _runs_frame(ordered)
     # Only now: a run is held beside the one before it, whether that is wanted or not.
     wanted = [one for one in ordered if _is_wanted(one.run, since, runs)]
     is_wanted = frame["run_id"].isin([one.run.run_id for one in wanted])
     return Report(frame[is_wanted].reset_index(drop=True), _spend_frame(wanted), places.notes)
+
+
+def _is_whole(path: Path, manifest: Mapping[str, Any]) -> bool:
+    """True if a file has all columns and rows of the output that its manifest is of."""
+    own = (manifest.get("columns") or {}).get("own", ["status", "usd_spent"])
+    try:
+        metadata = pq.read_metadata(path)
+    except (OSError, pa.ArrowException):
+        return False
+    names = set(metadata.schema.to_arrow_schema().names)
+    return metadata.num_rows == manifest.get("rows") and names.issuperset(own)
 
 
 @dataclass
@@ -133,47 +149,6 @@ class _Found:
     parts: list[Part]
     output: Path | None = None
     manifest: dict[str, Any] = field(default_factory=dict)
-
-
-class _Places:
-    """The files that paths stand for."""
-
-    def __init__(self, paths: Iterable[Path]) -> None:
-        self.notes: list[str] = []
-        self.named: set[Path] = set()
-        ledgers: dict[Path, Path] = {}
-        outputs: dict[Path, Path] = {}
-        for path in paths:
-            if not path.exists():
-                raise JobError(f"{path}: there is no such file or folder")
-            if path.is_dir():
-                files: Iterator[Path] = (Path(top, name) for top, _, names in os.walk(path) for name in sorted(names))
-            else:
-                self.named.add(path)
-                files = iter([path])
-            for file in files:
-                kind = _kind(file)
-                if kind is not None:
-                    (ledgers if kind == "ledger" else outputs).setdefault(file.resolve(), file)
-                elif path == file:
-                    raise JobError(f"{path}: is neither a ledger nor a Parquet nor a folder")
-            if not path.is_dir() and _kind(path) == "ledger":
-                # Its outputs are mostly beside it.
-                for file in sorted(path.parent.glob("*.parquet")):
-                    outputs.setdefault(file.resolve(), file)
-        self.ledgers, self.outputs = list(ledgers.values()), list(outputs.values())
-
-
-def _kind(path: Path) -> str | None:
-    if path.suffix == ".parquet":
-        return "output"
-    if path.suffix not in _LEDGERS or path.name.startswith("."):
-        return None
-    try:
-        with path.open("rb") as fp:
-            return "ledger" if fp.read(len(_MAGIC)) == _MAGIC else None
-    except OSError:
-        return None
 
 
 def _is_wanted(run: RunSpend, since: datetime | None, runs: Sequence[str]) -> bool:
@@ -232,10 +207,12 @@ def _of_manifest(manifest: dict[str, Any]) -> RunSpend:
 
 def _runs_frame(found: Sequence[_Found]) -> pd.DataFrame:
     rows = []
-    before: dict[str, Decimal | None] = {}
+    before: dict[tuple[str, Path | None], Decimal | None] = {}
     for one in found:
         run = one.run
-        cost, earlier = run.usd_per_1000_rows, before.get(run.job)
+        # Two jobs of one name, each with a ledger of its own, are two.
+        history = (run.job, one.ledger)
+        cost, earlier = run.usd_per_1000_rows, before.get(history)
         rows.append({
             **{name: getattr(run, name) for name in RUN_COLUMNS[: -len(RATIOS) - 4]},
             **{name: getattr(run, name) for name in RATIOS},
@@ -245,7 +222,7 @@ def _runs_frame(found: Sequence[_Found]) -> pd.DataFrame:
             "evaluation": one.manifest.get("evaluation"),
         })  # fmt: skip
         if cost is not None:
-            before[run.job] = cost
+            before[history] = cost
     return _frame(rows, RUN_COLUMNS)
 
 

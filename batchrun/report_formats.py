@@ -21,7 +21,6 @@ from batchrun.report import Report, records
 from batchrun.summary import exact_json
 from batchrun.tables import aligned, columns, shown
 
-FORMATS = ("table", "json", "csv", "parquet", "markdown")
 _PRICE_DIGITS = 4
 _MONEY = pa.decimal128(38, 12)
 
@@ -193,7 +192,7 @@ def _tables(views: Views, width: int | None) -> list[tuple[list[str], list[list[
     report = views.report
     tables: list[tuple[list[str], list[list[str]]]] = []
     if views.groups is not None:
-        by = str(views.by)
+        by = str(views.groups.columns[0])
         group = (_Column(by, lambda row: shown(_cell(row[by]) or "(none)", 40)), *_GROUP)
         tables.append(_table(group, records(views.groups), width))
     else:

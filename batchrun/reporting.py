@@ -61,7 +61,7 @@ def make(
         since: as `moments.moment_of` reads it.
         runs: ids of runs, or how they begin; none for all.
         top: so many of the costliest rows too.
-        form: one of `report_formats.FORMATS`.
+        form: table, json, csv, parquet or markdown.
         width: of the terminal; None where nothing is to be left out for it.
 
     Raises:

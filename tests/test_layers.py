@@ -15,6 +15,7 @@ FLOORS = [
         "moments",
         "providers",
         "jobfile",
+        "report_places",
         "lock",
         "migrations",
         "casts",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import random
 import signal
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -270,3 +272,38 @@ def test_a_page_that_cannot_be_written_is_told(work: Workspace, provide: Provide
     work.run()
     result = work.batchrun("report", ".", "--html", "/proc/report.html")
     assert (result.code, "/proc/report.html cannot be written" in result.stderr) == (6, True), result.stderr
+
+
+def test_what_is_in_no_output_is_a_group_of_its_own(work: Workspace, provide: Provide) -> None:
+    provider = provide()
+    work.write_rows(['0 <<{"say": "positive"}>>', '1 <<{"say": "negative"}>>'])
+    work.write_job(provider.base_url, labels=LABELS)
+    for _ in range(2):  # the second one takes the place of the first one's output
+        assert work.run().code == 0
+    # A part of the output, which has its manifest, is not taken for it.
+    assert work.batchrun("export", "job.yaml", "--to", "zz.parquet", "--columns", "label,usd_spent").code == 0
+    found = work.batchrun("report", ".", "--by", "label", "--format", "json").json
+    groups = {group["label"]: group for group in found["groups"]}
+    assert set(groups) == {"positive", "negative", "(not in an output)"}
+    assert sum(group["usd_spent"] for group in groups.values()) == found["totals"]["usd_spent"] == provider.bill
+    assert groups["(not in an output)"]["ok"] == 2
+    counted = work.batchrun("report", ".", "--by", "attempts", "--format", "json").json["groups"]
+    assert {group["attempts (value)"] for group in counted} == {"1", "(not in an output)"}
+
+
+def test_what_cannot_be_read_is_left_out_with_a_word(work: Workspace, provide: Provide) -> None:
+    work.write_rows(["a"])
+    work.write_job(provide().base_url, ledger="my.ledger")
+    assert work.run().code == 0
+    (work.folder / "empty.sqlite").write_bytes(b"")
+    (work.folder / "loop.parquet").symlink_to("loop.parquet")
+    os.mkfifo(work.folder / "pipe.sqlite")
+    pq.write_table(pa.table({"a": [1]}).replace_schema_metadata({"batchrun": '{"a": 1}'}), work.folder / "odd.parquet")
+    found = work.batchrun("report", ".", "--format", "json")
+    assert found.code == 0, found.stderr
+    assert [run["ledger"] for run in found.json["runs"]] == ["my.ledger"]
+    notes = "\n".join(found.json["notes"])
+    assert ("empty.sqlite is empty" in notes, "odd.parquet is no output" in notes) == (True, True), notes
+    assert work.batchrun("report", "my.ledger").code == 0
+    refused = work.batchrun("report", "pipe.sqlite")
+    assert (refused.code, "neither a file nor a folder" in refused.stderr) == (2, True), refused.stderr
