@@ -312,17 +312,24 @@ def report(
 ) -> None:
     """What every run cost. PATH: a ledger, an output, or a folder of them (outputs, if there is none)."""
     from batchrun.reporting import make, make_page, write
+    from batchrun.tables import plain
 
+    if html is not None and (by is not None or output is not None or form != "table"):
+        raise click.UsageError("--html is a report of its own: leave out --by, --format and --output")
+    if no_content and html is None:
+        raise click.UsageError("--no-content is for a page: add --html FILE")
+    if top is not None and form in ("csv", "parquet"):
+        raise click.UsageError(f"--top has no place in --format {form}: use json, table or markdown")
     if html is not None:
         page = make_page(paths, since=since, runs=runs, top=top, content=not no_content)
         for note in page.notes:
-            _say(note)
+            _say(plain(note))
         write(html, page.data)
         _say(f"page: {html}")
         return
     made = make(paths, by=by, since=since, runs=runs, top=top, form=form, width=_width() if output is None else None)
     for note in made.notes:
-        _say(note)
+        _say(plain(note))
     if output is not None:
         write(output, made.data)
     elif form == "parquet":

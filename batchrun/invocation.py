@@ -152,7 +152,7 @@ def _allow_connections(concurrency: int) -> None:
 def _choose_run(ledger: Ledger, options: Options) -> Run:
     last = ledger.last_run()
     if options.retry_failed and last is not None and last.state == "finished":
-        ledger.refuse_pruned(last, "be gone on with; without --retry-failed a new run asks every row")
+        ledger.refuse_pruned(last, "be gone on with any more; without --retry-failed a new run begins")
         ledger.reopen(last)
     return ledger.current_run()
 

@@ -182,7 +182,7 @@ class LedgerView:
         """Refuse what needs the answers of a run that were pruned.
 
         Args:
-            what: names it: "be exported".
+            what: names it: "be exported any more".
 
         Raises:
             JobError: they were.
@@ -190,7 +190,7 @@ class LedgerView:
         pruned_at = self._value("SELECT pruned_at FROM run WHERE run = ?", run.run)
         if pruned_at is not None:
             day = datetime.fromtimestamp(pruned_at / 1e6, UTC).date()
-            raise JobError(f"the answers of run {run.run_id} were pruned on {day}: it cannot {what} any more")
+            raise JobError(f"the answers of run {run.run_id} were pruned on {day}: it cannot {what}")
 
     def prunable(self, before: int) -> list[Run]:
         """Runs that are over since before a moment, from the oldest on, but for those whose output is to be written."""

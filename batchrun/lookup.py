@@ -73,7 +73,7 @@ class Lookup:
         return rows[0][0] if rows else None
 
     def answer(self, attempt_id: int) -> Answer | None:
-        """What an attempt was answered; None without an answer."""
+        """What an attempt was answered; None without an answer, or where it was pruned or damaged."""
         rows = self._ledger.rows(
             "SELECT body, streamed FROM answer JOIN attempt USING (attempt_id) WHERE attempt_id = ? AND outcome = 'ok' "
             "AND digest IS NULL",
@@ -82,7 +82,11 @@ class Lookup:
         if not rows:
             return None
         body, streamed = rows[0]
-        found = read_answer(zstandard.ZstdDecompressor().decompress(body), {}, streamed=bool(streamed), counts=False)
+        try:
+            raw = zstandard.ZstdDecompressor().decompress(body)
+        except zstandard.ZstdError:
+            return None
+        found = read_answer(raw, {}, streamed=bool(streamed), counts=False)
         return found if isinstance(found, Answer) else None
 
 

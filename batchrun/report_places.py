@@ -51,7 +51,7 @@ class Places:
                 outputs.setdefault(os.path.realpath(path), path)
                 continue
             try:
-                is_ledger = _begins_as_ledger(path)
+                is_ledger = begins_as_ledger(path)
             except OSError as exc:
                 raise StorageError(f"{path} cannot be read: {exc.strerror or exc}") from exc
             if not is_ledger and path.suffix not in _LEDGERS:
@@ -77,7 +77,7 @@ class Places:
         if file.name.endswith(_NOT_LEDGERS) or _PUT_ASIDE in file.name:
             return None
         try:
-            if _begins_as_ledger(file):
+            if begins_as_ledger(file):
                 return "ledger"
         except OSError as exc:
             self._note_error(exc)
@@ -90,6 +90,11 @@ class Places:
         self.notes.append(f"left out: {error.filename} cannot be read: {error.strerror}")
 
 
-def _begins_as_ledger(file: Path) -> bool:
+def begins_as_ledger(file: Path) -> bool:
+    """True if a file may be a ledger: it is SQLite's.
+
+    Raises:
+        OSError: it cannot be read.
+    """
     with file.open("rb") as fp:
         return fp.read(len(_MAGIC)) == _MAGIC

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from batchrun.moments import moment_of
 from batchrun.report import Report, load
 from batchrun.report_formats import Views, csv_text, document, lines, markdown, parquet_bytes
 from batchrun.report_groups import grouped
+from batchrun.report_places import begins_as_ledger
+from batchrun.sink import manifest_of
 from batchrun.spend_details import (
     Costs,
     Details,
@@ -124,13 +127,21 @@ def make_page(paths: Sequence[Path], *, since: str | None, runs: Sequence[str], 
 
 
 def write(path: Path, data: bytes) -> None:
-    """Write a file that appears whole or not at all.
+    """Write a file that appears whole or not at all; a link is followed.
 
     Raises:
+        JobError: what stands there is a ledger, an output or no file.
         StorageError: it cannot be written.
     """
+    real = Path(os.path.realpath(path))
+    if not path.name or real.is_dir():
+        raise JobError(f"{str(path)!r} is a folder: name a file")
+    if real.exists() and not real.is_file():
+        raise JobError(f"{path} is no regular file: name another")
     try:
-        with appearing(path) as beside:
+        if real.exists() and (begins_as_ledger(real) or manifest_of(real) is not None):
+            raise JobError(f"{path} is a ledger or an output of a run: name another file")
+        with appearing(real) as beside:
             beside.write_bytes(data)
     except OSError as exc:
         raise StorageError(f"{path} cannot be written: {exc.strerror or exc}") from exc

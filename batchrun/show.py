@@ -17,6 +17,7 @@ from batchrun.money import from_pico, usd_text
 from batchrun.spend import RunSpend, read_ledger
 from batchrun.spend_details import Failures, Seconds, failures, seconds
 from batchrun.summary import exact_json
+from batchrun.tables import plain
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class ShownRun:
         for took in self.seconds:
             first = f"; first token {took.first_p50} / {took.first_p95} / {took.first_p99}" if took.first_p50 else ""
             lines.append(f"seconds of {took.model} (half, 95 %, 99 %): {took.p50} / {took.p95} / {took.p99}{first}")
-        return lines
+        return [plain(line) for line in lines]
 
     def to_json(self) -> str:
         """One JSON object."""
@@ -166,7 +167,7 @@ class ShownRow:
                 lines.append("  has not been asked")
             for attempt in slot.attempts:
                 lines += _attempt_lines(attempt, self.run_id)
-        return lines
+        return [plain(line) for line in lines]
 
     def to_json(self) -> str:
         """One JSON object."""

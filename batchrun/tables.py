@@ -15,12 +15,21 @@ def shown(text: str, width: int = WIDTH) -> str:
     >>> shown("positive", 5), shown("a\\nb"), shown("日本", 3)
     ('posi…', 'a�b', '日…')
     """
-    clean = "".join(char if char.isprintable() else "\ufffd" for char in text[: 8 * width])
+    clean = plain(text[: 8 * width])
     if columns(clean) <= width:
         return clean
     while columns(clean) >= width:
         clean = clean[:-1]
     return clean + "…"
+
+
+def plain(text: str) -> str:
+    """A line without what a terminal would obey.
+
+    >>> plain("a\x1b[2Jb")
+    'a�[2Jb'
+    """
+    return "".join(char if char.isprintable() else "\ufffd" for char in text)
 
 
 def columns(text: str) -> int:

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import signal
+import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from decimal import Decimal
@@ -307,3 +308,33 @@ def test_what_cannot_be_read_is_left_out_with_a_word(work: Workspace, provide: P
     assert work.batchrun("report", "my.ledger").code == 0
     refused = work.batchrun("report", "pipe.sqlite")
     assert (refused.code, "neither a file nor a folder" in refused.stderr) == (2, True), refused.stderr
+
+
+def test_options_that_do_not_go_together_and_files_that_must_stay(work: Workspace, provide: Provide) -> None:
+    work.write_rows(["a"])
+    work.write_job(provide().base_url)
+    assert work.run().code == 0
+    kept = {name: (work.folder / name).read_bytes() for name in ("job.ledger.sqlite", "out.parquet")}
+    for options, told in (
+        (("--html", "x.html", "--by", "job"), "leave out --by"), (("--no-content",), "add --html FILE"),
+        (("--top", "3", "--format", "csv"), "--top has no place"), (("--output", "."), "is a folder"),
+        (("--output", "job.ledger.sqlite"), "is a ledger or an output"),
+        (("--html", "out.parquet"), "an output of a run"),
+    ):  # fmt: skip
+        refused = work.batchrun("report", ".", *options)
+        assert (refused.code, told in refused.stderr) == (2, True), (options, refused.stderr)
+    assert {name: (work.folder / name).read_bytes() for name in kept} == kept
+    # A body that cannot be unpacked is shown without.
+    with closing(sqlite3.connect(work.ledger)) as db, db:
+        db.execute("UPDATE answer SET body = x'0102030405'")
+    shown = work.batchrun("show", "job.yaml", "--row", "1", "--json").json
+    assert shown["slots"][0]["attempts"][0]["answer"] is None
+
+
+def test_what_a_terminal_would_obey_is_not_shown_to_it(work: Workspace, provide: Provide) -> None:
+    work.write_rows([f"a prompt\x9b <<{json.dumps({'say': chr(27) + ']0;owned' + chr(7)})}>>"])
+    work.write_job(provide().base_url)
+    assert work.run().code == 0
+    shown = work.batchrun("show", "job.yaml", "--row", "1").stdout
+    assert "owned" in shown
+    assert not any(char in shown for char in "\x1b\x07\x9b")
