@@ -149,8 +149,13 @@ def read_ledger(ledger: LedgerView, *, number: int | None = None) -> Spend:
         return _read(ledger, number)
 
 
+def worked_seconds(ledger: LedgerView, run: Run) -> float:
+    """How long the invocations of a run have worked; of those without an end, until their last attempt."""
+    return next((one.seconds for one in _known(ledger, run.run)), 0.0)
+
+
 def _read(ledger: LedgerView, number: int | None) -> Spend:
-    known = [one for one in _known(ledger) if number is None or one.run.run == number]
+    known = _known(ledger, number)
     parts = _parts(ledger, {one.run.run: one.run.run_id for one in known})
     by_day = _spent_by_day(ledger) if any(_cap(one).get("per") in ("day", "month") for one in known) else {}
     reused = _reused(ledger)
@@ -158,31 +163,38 @@ def _read(ledger: LedgerView, number: int | None) -> Spend:
     return Spend([_run_spend(ledger, job, one, parts, reused, by_day) for one in known], parts)
 
 
-def _known(ledger: LedgerView) -> list[_Known]:
+def _known(ledger: LedgerView, number: int | None) -> list[_Known]:
+    chosen = {"number": number}
     last_settled = dict(
         ledger.rows(
-            "SELECT invocation, max(coalesce(settled_at, sent_at)) FROM attempt WHERE invocation IN "
-            "(SELECT invocation FROM invocation WHERE ended_at IS NULL) GROUP BY invocation"
+            # What was lost is settled by the next invocation, perhaps days later.
+            "SELECT invocation, max(CASE outcome WHEN 'unknown' THEN sent_at ELSE coalesce(settled_at, sent_at) END) "
+            "FROM attempt WHERE (run = :number OR :number IS NULL) AND invocation IN "
+            "(SELECT invocation FROM invocation WHERE ended_at IS NULL) GROUP BY invocation",
+            chosen,
         )
     )
     worked: dict[int, list[tuple[int, int, int | None, int | None, str | None, str]]] = {}
-    for run, invocation, began, ended, exit_code, reason, job in ledger.rows(
-        "SELECT run, invocation, started_at, ended_at, exit_code, reason, job FROM invocation ORDER BY invocation"
+    for of_run, invocation, began, ended, exit_code, reason, job in ledger.rows(
+        "SELECT run, invocation, started_at, ended_at, exit_code, reason, job FROM invocation "
+        "WHERE run = :number OR :number IS NULL ORDER BY invocation",
+        chosen,
     ):
         end = ended if ended is not None else last_settled.get(invocation, began)
-        worked.setdefault(run, []).append((began, end, ended, exit_code, reason, job))
+        worked.setdefault(of_run, []).append((began, end, ended, exit_code, reason, job))
     known = []
-    for number, run_id, started_at, state, placed in ledger.rows(
-        "SELECT run, run_id, started_at, state, input FROM run WHERE input IS NOT NULL "
-        "OR EXISTS (SELECT 1 FROM attempt WHERE attempt.run = run.run) ORDER BY run"
+    for run, run_id, started_at, state, placed in ledger.rows(
+        "SELECT run, run_id, started_at, state, input FROM run WHERE (run = :number OR :number IS NULL) AND "
+        "(input IS NOT NULL OR EXISTS (SELECT 1 FROM attempt WHERE attempt.run = run.run)) ORDER BY run",
+        chosen,
     ):
         document = ledger.document(placed) if placed is not None else {}
         rows = int(document.get("rows", 0)) * int(document.get("slots_per_row", 1))
-        invocations = worked.get(number, [])
+        invocations = worked.get(run, [])
         *_, exit_code, reason, job = invocations[-1] if invocations else (0, 0, None, None, None, "{}")
         known.append(
             _Known(
-                Run(number, run_id, started_at, state, is_new=False),
+                Run(run, run_id, started_at, state, is_new=False),
                 max((end for _, end, *_ in invocations), default=None),
                 rows,
                 ledger.document(job),

@@ -8,8 +8,8 @@ from typing import Any
 
 from batchrun.ledger_view import LedgerView, Run
 from batchrun.money import usd_text
-from batchrun.records import Totals, now_us
-from batchrun.spend import RunSpend, read_ledger, share
+from batchrun.records import Totals
+from batchrun.spend import RunSpend, read_ledger, share, worked_seconds
 
 
 @dataclass(frozen=True)
@@ -66,16 +66,14 @@ def trend_of(ledger: LedgerView, run: Run, totals: Totals) -> Trend | None:
             break
     else:
         return None
-    ((spent_us,),) = ledger.rows(
-        "SELECT sum(coalesce(ended_at, ?) - started_at) FROM invocation WHERE run = ?", (now_us(), run.run)
-    )
+    seconds = worked_seconds(ledger, run)
     asked = settled - totals.reused
     return Trend(
         before,
         totals.usd,
         share(totals.usd * 1000, settled),
         totals.failed,
-        asked / (spent_us / 1e6) if asked > 0 and spent_us > 0 else None,
+        asked / seconds if asked > 0 and seconds > 0 else None,
     )
 
 

@@ -338,3 +338,21 @@ def test_what_a_terminal_would_obey_is_not_shown_to_it(work: Workspace, provide:
     shown = work.batchrun("show", "job.yaml", "--row", "1").stdout
     assert "owned" in shown
     assert not any(char in shown for char in "\x1b\x07\x9b")
+
+
+def test_the_hours_between_a_kill_and_the_next_call_are_no_work(work: Workspace, provide: Provide) -> None:
+    provider = provide(latency=0.1)
+    work.write_rows([f"row {number}" for number in range(12)])
+    work.write_job(provider.base_url, concurrency=2)
+    with work.start("job.yaml") as process:
+        provider.wait_for(4)
+        process.send_signal(signal.SIGKILL)
+        process.communicate(timeout=60)
+    hours = 10 * 3600 * 1_000_000
+    with closing(sqlite3.connect(work.ledger)) as db, db:
+        db.execute("UPDATE invocation SET started_at = started_at - ?", (hours,))
+        db.execute("UPDATE attempt SET sent_at = sent_at - ?, settled_at = settled_at - ?", (hours, hours))
+    assert work.run().code == 0
+    (run,) = work.batchrun("report", ".", "--format", "json").json["runs"]
+    assert 0 < run["seconds"] < 600
+    assert run["rows_per_second"] > 0.01
