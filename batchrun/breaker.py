@@ -32,7 +32,7 @@ class ErrorRate:
         self._last: deque[bool] = deque(earlier, maxlen=looked_at(canary))
         self._earlier = self._settled = len(earlier)
         # The run has stopped for this before: it may show that it has got better, row by row.
-        self._is_on_trial = self._settled >= (canary or _ENOUGH) and self._is_over(list(earlier))
+        self._is_on_trial = self._settled >= (canary or _ENOUGH) and self._is_over(earlier)
 
     def note(self, *, fits: bool) -> Stop | None:
         """Take a row that is settled."""
@@ -42,10 +42,11 @@ class ErrorRate:
             return None
         is_first = self._settled == self._canary
         rows = list(self._last) if is_first else list(self._last)[-_LAST:]
-        is_over = self._is_over(rows)
-        if not is_over:
+        if not self._is_over(rows):
             self._is_on_trial = False
-        if not is_over or (fits if self._is_on_trial else len(rows) < _ENOUGH and not is_first):
+            return None
+        is_telling = not fits if self._is_on_trial else is_first or len(rows) >= _ENOUGH
+        if not is_telling:
             return None
         return Stop(
             ExitCode.LIMIT,

@@ -63,13 +63,12 @@ def structure_of(job: Job) -> Structure | None:
 def columns_of(job: Job) -> dict[str, Any]:
     """Where in the output of a job stands what two runs are compared by."""
     structure, setting = structure_of(job), job.evaluate
-    prefix = job.output.prefix if job.output.answer_prefix is None else job.output.answer_prefix
     if structure is None:
         answers = [f"{job.output.prefix}{_RESPONSE}"]
     elif setting is not None and setting.answer is not None:
-        answers = [prefix + setting.answer]
+        answers = [job.output.prefix_of_answers + setting.answer]
     else:
-        answers = [prefix + name for name in structure.columns.names[:-1]]
+        answers = [job.output.prefix_of_answers + name for name in structure.columns.names[:-1]]
     return {
         "prefix": job.output.prefix,
         "answers": answers,
@@ -117,7 +116,7 @@ class Derivation:
             kind = self._compared_shape.type if self._compared_shape is not None else pa.string()
             fields += [pa.field(_VOTE, kind), pa.field(_AGREEMENT, pa.float64())]
         fields += [pa.field(name, pa.float64()) for name in score_names(self._metrics)]
-        prefix = job.output.prefix if job.output.answer_prefix is None else job.output.answer_prefix
+        prefix = job.output.prefix_of_answers
         self.schema = pa.schema([field.with_name(prefix + field.name) for field in fields])
         if twice := [name for name, number in Counter(self.schema.names).items() if number > 1]:
             raise JobError(

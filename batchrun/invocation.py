@@ -332,7 +332,8 @@ def _breaker(context: _Context) -> ErrorRate | None:
     if plan.job.max_error_rate is None:
         return None
     canary = (plan.job.canary or 0) * plan.slots.number
-    earlier = plan.reviews.latest(context.ledger, context.run, looked_at(canary))
+    is_new = context.run.is_new
+    earlier = [] if is_new else plan.reviews.latest(context.ledger, context.run, looked_at(canary))
     return ErrorRate(plan.job.max_error_rate, canary, earlier)
 
 

@@ -252,6 +252,11 @@ class OutputSetting(_Setting):
         True, description="Write the file after an unfinished run too; false keeps the last whole one."
     )
 
+    @property
+    def prefix_of_answers(self) -> str:
+        """What stands before the names of the columns made of the answers."""
+        return self.prefix if self.answer_prefix is None else self.answer_prefix
+
     @model_validator(mode="before")
     @classmethod
     def _from_text(cls, value: Any) -> Any:

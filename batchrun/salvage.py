@@ -29,6 +29,7 @@ from batchrun.ledger_view import (
     attempt_seal,
     digest,
     log_of,
+    same_group,
     seal,
     storage,
 )
@@ -66,7 +67,6 @@ _HAS: dict[str, dict[str, type]] = {
     "row_fault": {"run": int, "row_index": int, "model": str, "sample": int, "error": str},
 }  # fmt: skip
 """What a row of a table cannot be without."""
-_GROUP = ("run", "row_index", "model", "sample", "key")
 _NUMBERED_BY = {
     "correction": "attempt_id",
     "moved": "row_index",
@@ -291,8 +291,8 @@ def _fill(db: sqlite3.Connection, damaged: _Damaged, job: Job, *, adopt: bool) -
             _put(db, table, row)
     # What is to be asked again has an answer.
     db.execute(
-        "DELETE FROM repair_wanted WHERE NOT EXISTS (SELECT 1 FROM attempt WHERE outcome = 'ok' AND "
-        f"{' AND '.join(f'attempt.{name} = repair_wanted.{name}' for name in _GROUP)})"
+        "DELETE FROM repair_wanted WHERE NOT EXISTS (SELECT 1 FROM attempt WHERE outcome = 'ok' "
+        f"AND {same_group('attempt', 'repair_wanted')})"
     )
     known = (owner or {}).get("amendments") or 0
     amendments = _copy_corrections(db, damaged, known, saved)

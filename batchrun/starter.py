@@ -5,10 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Mapping
 from keyword import iskeyword
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 
@@ -55,17 +53,17 @@ def write_starter(data: Path, path: Path) -> Path:
     """
     relative = os.path.relpath(data, path.parent)
     source = Source(_probe(data, path))
-    columns = (manifest_of(data) or {}).get("columns") if source.is_own_output else None
-    answers = _answers(columns) if columns else []
-    own = columns["own"] if columns else result_schema(streamed=True).names if source.is_own_output else []
-    kept = [name for name in source.columns if name not in own]
-    if source.is_own_output and not kept:
-        raise JobError(f"{data}: has no columns but batchrun's own results")
+    kept = source.columns
     if source.is_own_output:
+        told = (manifest_of(data) or {}).get("columns", {})
+        own = told.get("own") or result_schema(streamed=True).names
+        kept = [name for name in source.columns if name not in own]
+        if not kept:
+            raise JobError(f"{data}: has no columns but batchrun's own results")
         # The result columns of that job would stand in the way of this one's.
-        response = f"{columns['prefix']}response" if columns else "response"
+        response = f"{told.get('prefix', '')}response"
         renamed: dict[str, str] = {}
-        for name in (response, *answers):
+        for name in dict.fromkeys((response, *told.get("answers", []))):
             if name in source.columns:
                 renamed[name] = _free(f"earlier_{name}", {*kept, *renamed.values()})
         dropped = [name for name in source.columns if name not in (*kept, *renamed)]
@@ -101,11 +99,6 @@ def _free(name: str, taken: set[str]) -> str:
     """The name, or with a number what is not taken yet."""
     numbered = (f"{name}_{number}" for number in itertools.count(2))
     return name if name not in taken else next(other for other in numbered if other not in taken)
-
-
-def _answers(columns: Mapping[str, Any]) -> list[str]:
-    """The columns that an output has of its answers, besides their text."""
-    return [name for name in columns["answers"] if name != f"{columns['prefix']}response"]
 
 
 def _probe(data: Path, path: Path) -> Job:

@@ -119,11 +119,13 @@ class Template:
                     content = self._compile(text.removesuffix("\n"), f"prompt.{role}")
                     self._messages.append({"role": role, "content": content})
         self._parameters = self._compile(job.parameters, "parameters", keeps_type=True)
-        self._instruction = None
-        style = endpoint.response_format if "response_format" not in job.parameters else None
-        self._reminder = structure.reminder(style) if structure is not None else None
-        if structure is not None and "response_format" not in job.parameters:
-            self._instruction = structure.instruction(style)
+        self._instruction = self._reminder = None
+        if structure is not None:
+            is_ours = "response_format" not in job.parameters
+            style = endpoint.response_format if is_ours else None
+            self._reminder = structure.reminder(style)
+            if is_ours:
+                self._instruction = structure.instruction(style)
             if style is not None:
                 self._parameters["response_format"] = structure.document(style)
         self._messages = self._instructed(self._messages) if prompt.messages_column is None else []

@@ -25,31 +25,26 @@ from .test_hostile import ANSWER, answer, http, script
 
 Provide = Callable[..., FakeProvider]
 MEGABYTE = 1024 * 1024
+USED = Path(__file__).with_name("used.py")
 MOST_MEMORY = 600 * MEGABYTE
 OPEN = "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
-
-
-# A process of its own: what a child takes is told together with what its parent had taken when it was begun.
-MEASURE = """
-import resource, subprocess, sys
-code = subprocess.call(sys.argv[1:], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-print(code, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
-"""
 
 
 def run_bounded(work: Workspace, *args: str, seconds: float = 60) -> tuple[int, str, int, float]:
     """Exit code, stderr, peak memory in bytes and seconds of a call."""
     began = time.monotonic()
-    command = [sys.executable, "-c", MEASURE, *work.command(*(args or ("job.yaml",)))]
+    told = work.folder.with_name("used.json")
+    command = [sys.executable, "-S", str(USED), str(told), *work.command(*(args or ("job.yaml",)))]
     with subprocess.Popen(
-        command, cwd=work.folder, env=work.environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        command, cwd=work.folder, env=work.environment(), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE, text=True, start_new_session=True,
     ) as process:  # fmt: skip
         killer = threading.Timer(seconds, os.killpg, (process.pid, signal.SIGKILL))
         killer.start()
-        stdout, stderr = process.communicate()
+        _, stderr = process.communicate()
         killer.cancel()
-    code, peak = map(int, stdout.split() or (-signal.SIGKILL, 0))
+    code, _, peak = json.loads(told.read_text()) if told.exists() else (-signal.SIGKILL, 0, 0)
+    told.unlink(missing_ok=True)
     return code, stderr, peak * (1 if sys.platform == "darwin" else 1024), time.monotonic() - began
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
 from .conftest import FakeProvider, Workspace, spent
 
@@ -118,6 +119,36 @@ def test_a_run_after_a_change_of_labels_says_what_it_asks_again(work: Workspace,
     assert "2 answers are to other requests than the job makes now; their rows will be asked and paid for again" in (
         result.stderr
     )
+
+
+@pytest.mark.parametrize("reuse", [False, True])
+def test_so_does_one_after_a_finished_run(work: Workspace, provide: Provide, reuse: bool) -> None:
+    provider = provide()
+    work.write_rows(says("positive", "negative", "neutral"))
+    work.write_job(provider.base_url, labels=LABELS, reuse=reuse)
+    first = work.run("--json").json
+    work.write_job(provider.base_url, labels=[*LABELS, "mixed"], reuse=reuse)
+    result = work.run("--json")
+    assert f"3 answers of run {first['run_id']} are to other requests than the job makes now" in result.stderr
+    assert (result.json["sent"], len(provider.requests)) == (3, 6)
+    # With nothing changed there is nothing to say.
+    assert "are to other requests" not in work.run().stderr
+
+
+def test_what_did_not_parse_is_told_by_the_run_and_not_by_the_export(work: Workspace, provide: Provide) -> None:
+    work.write_rows(says("hmm"))
+    work.write_job(provide().base_url, labels=LABELS)
+    assert work.run("--json").json["exit_code"] == 1
+    exported = work.batchrun("export", "job.yaml", "--json")
+    assert (exported.code, exported.json["exit_code"], exported.json["parse_errors"]) == (0, 0, 1)
+
+
+def test_an_estimate_says_what_it_leaves_out(work: Workspace, provide: Provide) -> None:
+    work.write_rows(says("positive"))
+    work.write_job(provide().base_url, labels=LABELS, repair=2, reuse=True)
+    checked = work.batchrun("check", "job.yaml").stdout
+    assert "not in the estimate: up to 2 repairs of each row" in checked
+    assert "not in the estimate: answers that are there already" in checked
 
 
 def test_what_does_not_fit_is_asked_again_with_what_was_wrong(work: Workspace, provide: Provide) -> None:

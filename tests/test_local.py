@@ -44,6 +44,8 @@ def test_the_shipped_job_asks_a_real_model(shipped: Workspace) -> None:
     assert all(row["response"] and row["prompt_tokens"] > 20 and row["completion_tokens"] > 0 for row in rows)
     assert {row["expected"] for row in rows} == {"positive", "negative"}
     assert result.json["usd_spent"] == 0
+    right = sum(row["expected"].lower() in row["response"].lower() for row in rows)
+    assert result.json["evaluation"]["right"] == right
 
 
 @needs_model
@@ -89,6 +91,21 @@ def test_an_interrupted_local_run_goes_on_although_the_port_is_another(shipped: 
     for row in rows:
         if row["review_id"] in before:
             assert row == before[row["review_id"]]
+
+
+@needs_model
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_the_model_is_loaded_ends_the_run(shipped: Workspace, number: signal.Signals) -> None:
+    for wait in (0.2, 0.05, 0.0):  # seconds after the ledger is there, which is right before the model is loaded
+        shutil.rmtree(shipped.folder / "outputs", ignore_errors=True)
+        with shipped.start("jobs/eval.yaml") as process:
+            while not (shipped.folder / "outputs" / "eval.ledger.sqlite").exists() and process.poll() is None:
+                time.sleep(0.005)
+            time.sleep(wait)
+            process.send_signal(number)
+            _, stderr = process.communicate(timeout=60)
+        assert process.returncode == 128 + number, stderr
+        assert "Traceback" not in stderr
 
 
 @needs_model

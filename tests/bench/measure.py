@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import trustme
 
 HERE = Path(__file__).parent
+USED = HERE.with_name("used.py")
 REVIEW = "the film moves along with grace and wit, " * 11
 
 
@@ -75,16 +76,6 @@ def stub(folder: Path, *, is_tls: bool = False, **options: Any) -> Iterator[Stub
             process.wait(30)
 
 
-# A process of its own: what a child takes is told together with what its parent had taken when it was begun.
-_WATCH = """
-import json, os, subprocess, sys
-process = subprocess.Popen(sys.argv[2:], stdin=subprocess.DEVNULL)
-_, status, used = os.wait4(process.pid, 0)
-with open(sys.argv[1], "w") as fp:
-    json.dump([os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_stime, used.ru_maxrss], fp)
-"""
-
-
 def measured(command: Sequence[str], server: Stub, log: Path, code: int = 0) -> Measured:
     """Run a command to its end.
 
@@ -97,7 +88,7 @@ def measured(command: Sequence[str], server: Stub, log: Path, code: int = 0) -> 
         began = time.monotonic()
         told = log.with_name(f"{log.name}.used")
         subprocess.run(
-            [sys.executable, "-S", "-c", _WATCH, str(told), *command], stdout=fp, stderr=fp, check=True,
+            [sys.executable, "-S", str(USED), str(told), *command], stdout=fp, stderr=fp, check=True,
             stdin=subprocess.DEVNULL, preexec_fn=_pinned(0),
             env={**os.environ, **trusted, "STUB": server.base_url, "STUB_KEY": "sk-stub"},
         )  # fmt: skip
