@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import signal
+import sqlite3
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -72,10 +74,19 @@ def test_labels_that_the_server_holds_the_model_to_all_parse_and_a_judge_reads_t
     assert (judged.code, judged.json["ok"], judged.json["parse_errors"]) == (0, 5, 0), judged.stderr
 
 
+def _answers(ledger: Path) -> int:
+    try:
+        with closing(sqlite3.connect(f"file:{ledger}?mode=ro", uri=True)) as db:
+            return int(db.execute("SELECT count(*) FROM answer").fetchone()[0])
+    except sqlite3.OperationalError:  # not there yet
+        return 0
+
+
 @needs_model
 def test_an_interrupted_local_run_goes_on_although_the_port_is_another(shipped: Workspace) -> None:
     with shipped.start("jobs/eval.yaml") as process:
-        time.sleep(4)
+        while process.poll() is None and _answers(shipped.folder / "outputs" / "eval.ledger.sqlite") < 2:
+            time.sleep(0.02)
         process.send_signal(signal.SIGTERM)
         _, stderr = process.communicate(timeout=120)
     if process.returncode == 0:
