@@ -77,6 +77,9 @@ def start(weights: Weights, concurrency: int) -> tuple[Any, str]:
         JobError: the extra `local` is not installed.
         ProviderError: the server cannot load the weights.
     """
+    # Threads that spin while they wait take the cores from each other as soon as anything else runs: two jobs at once
+    # took 33 s instead of 10.5 s, one alone saves 5 % by it. Read when the library is loaded; a user's own word holds.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         import xllamacpp
     except ImportError as exc:
