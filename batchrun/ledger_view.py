@@ -542,6 +542,18 @@ _REUSED = (
     "AND repair_wanted.row_index = source_row AND repair_wanted.model = reused.model "
     "AND repair_wanted.sample = reused.sample AND repair_wanted.key = reused.key))"
 )
+
+
+def pico_sum(column: str) -> str:
+    """SQL of two sums, for `summed`, that no number of rows makes too large for 64 bits."""
+    return f"coalesce(sum(({column}) >> 30), 0), coalesce(sum(({column}) & 1073741823), 0)"
+
+
+def summed(high: int, low: int) -> int:
+    """The sum that `pico_sum` gives in two parts."""
+    return (high << 30) + low
+
+
 _CHUNK_ROWS = 1024
 _HAS_OWN = (
     "EXISTS (SELECT 1 FROM attempt WHERE attempt.run = reused.run AND attempt.row_index = reused.row_index "

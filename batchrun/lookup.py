@@ -72,6 +72,11 @@ class Lookup:
         )
         return rows[0][0] if rows else None
 
+    def is_pruned(self, attempt_id: int) -> bool:
+        """True if the answer of an attempt was dropped."""
+        found = self._ledger.rows("SELECT 1 FROM answer WHERE attempt_id = ? AND digest IS NOT NULL", (attempt_id,))
+        return bool(found)
+
     def answer(self, attempt_id: int) -> Answer | None:
         """What an attempt was answered; None without an answer, or where it was pruned or damaged."""
         rows = self._ledger.rows(

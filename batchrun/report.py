@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -33,7 +33,7 @@ from batchrun.spend import Part, RunSpend, read_ledger, share
 
 RATIOS = ("usd_per_1000_rows", "usd_per_ok_row", "rows_per_second")
 RUN_COLUMNS = (*(one.name for one in dataclasses.fields(RunSpend)), *RATIOS, "change", "ledger", "output", "evaluation")
-SPEND_COLUMNS = ("job", "provider", *(one.name for one in dataclasses.fields(Part)))
+SPEND_COLUMNS = ("job", *(one.name for one in dataclasses.fields(Part)))
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class Report:
             and: `usd_per_1000_rows` and `usd_per_ok_row` (exact dollars; None without such rows), `rows_per_second`,
             `change` (of dollars per 1,000 rows against the job's run before it: 0.1 is a tenth more), `ledger` and
             `output` (the files; None where there is none), `evaluation` (the manifest's, a dict; None without).
-        spend: a row for each run, model, day (UTC), outcome, kind and cost source of attempts. Its columns are `job`,
-            `provider` and the fields of `batchrun.spend.Part`. Runs that are known by their Parquet alone are not here.
+        spend: a row for each run, model, day (UTC), outcome, kind and cost source of attempts. Its columns are `job`
+            and the fields of `batchrun.spend.Part`. Runs that are known by their Parquet alone are not here.
         notes: what could not be read, and why.
     """
 
@@ -56,25 +56,31 @@ class Report:
 
     @property
     def totals(self) -> dict[str, Any]:
-        """Sums over all runs."""
+        """Sums over all runs; None where that is not known of one of them."""
         sums = {name: int(self.runs[name].sum()) for name in _COUNTED}
-        usd = {name: sum(self.runs[name], Decimal(0)) for name in _SUMMED}
-        most = list(self.runs["usd_unknown_at_most"])
+        usd = {name: _total(self.runs[name]) for name in _SUMMED}
+        spent = sum(self.runs["usd_spent"], Decimal(0))
         return {
             "runs": len(self.runs),
             **sums,
             **usd,
-            "usd_unknown_at_most": sum(most, Decimal(0)) if None not in most else None,
-            "usd_per_1000_rows": share(usd["usd_spent"] * 1000, sums["ok"] + sums["failed"]),
-            "usd_per_ok_row": share(usd["usd_spent"], sums["ok"]),
+            "usd_per_1000_rows": share(spent * 1000, sums["ok"] + sums["failed"]),
+            "usd_per_ok_row": share(spent, sums["ok"]),
         }
 
 
 _COUNTED = (
-    "rows", "ok", "failed", "pending", "reused", "attempts", "prompt_tokens", "completion_tokens", "total_tokens",
-    "cached_tokens", "unknown_attempts",
+    "rows", "ok", "failed", "pending", "reused", "attempts", "in_flight", "prompt_tokens", "completion_tokens",
+    "total_tokens", "cached_tokens", "unknown_attempts",
 )  # fmt: skip
-_SUMMED = ("usd_spent", "usd_reported", "usd_estimated", "usd_wasted")
+_SUMMED = (
+    "usd_spent", "usd_reported", "usd_estimated", "usd_unknown_at_most", "usd_in_flight_at_most", "usd_wasted",
+)  # fmt: skip
+
+
+def _total(amounts: Iterable[Decimal | None]) -> Decimal | None:
+    known = [amount for amount in amounts if amount is not None]
+    return sum(known, Decimal(0)) if len(known) == len(list(amounts)) else None
 
 
 def load(*paths: str | os.PathLike[str], since: datetime | None = None, runs: Sequence[str] = ()) -> Report:
@@ -87,11 +93,15 @@ def load(*paths: str | os.PathLike[str], since: datetime | None = None, runs: Se
         runs: run ids, or how they begin; only those runs.
 
     Raises:
-        JobError: a path is none of these.
+        JobError: a path is none of these, or `since` has no time zone.
         StorageError: a file that was named cannot be read.
     """
+    if since is not None and since.tzinfo is None:
+        raise JobError(f"since: {since} has no time zone: say `{since!r}.astimezone()` if it is this machine's")
+    runs = (runs,) if isinstance(runs, str) else runs
     places = Places([Path(path) for path in paths or ("outputs",)])
     found: dict[str, _Found] = {}
+    twice: dict[tuple[Path | None, Path], int] = {}
     for path in places.ledgers:
         try:
             with closing(LedgerView.read(path)) as ledger:
@@ -104,10 +114,12 @@ def load(*paths: str | os.PathLike[str], since: datetime | None = None, runs: Se
         for run in spend.runs:
             known = found.get(run.run_id)
             if known is not None:
-                places.notes.append(f"run {run.run_id} is in {known.ledger} and in {path}: the one with more was taken")
+                twice[known.ledger, path] = twice.get((known.ledger, path), 0) + 1
             if known is None or run.attempts > known.run.attempts:
                 parts = [part for part in spend.parts if part.run_id == run.run_id]
                 found[run.run_id] = _Found(run, path, parts)
+    for (ledger_path, path), number in twice.items():
+        places.notes.append(f"{number} runs are in {ledger_path} and in {path}: each counts once, as the longer has it")
     for path in places.outputs:
         manifest = manifest_of(path)
         if manifest is None:
@@ -169,7 +181,11 @@ def _of_manifest(manifest: dict[str, Any]) -> RunSpend:
     models = manifest["model"]
     sources: dict[str, Any] = manifest.get("usd_by_source") or {}
     usd = {source: Decimal(str(amount)) for source, amount in sources.items()}
+    # Only of those whose outcome is not known.
     most = manifest.get("unknown_usd_at_most")
+    unknown = manifest["unknown_attempts"]
+    if most is None or unknown != manifest["unknown_outcomes"]:
+        most = None if unknown else 0
     began = _began(str(manifest["run_id"]))
     return RunSpend(
         job=manifest["job"],
@@ -181,7 +197,7 @@ def _of_manifest(manifest: dict[str, Any]) -> RunSpend:
         exit_code=None,
         started_at=began,
         ended_at=None,
-        seconds=0.0,
+        seconds=None,
         rows=manifest["rows"],
         ok=manifest["ok"],
         failed=manifest["failed"],
@@ -189,6 +205,7 @@ def _of_manifest(manifest: dict[str, Any]) -> RunSpend:
         reused=manifest.get("reused", 0),
         attempts=manifest["attempts"],
         in_flight=0,
+        usd_in_flight_at_most=Decimal(0),
         prompt_tokens=manifest["prompt_tokens"],
         completion_tokens=manifest["completion_tokens"],
         total_tokens=manifest["total_tokens"],
@@ -196,9 +213,9 @@ def _of_manifest(manifest: dict[str, Any]) -> RunSpend:
         usd_spent=Decimal(str(manifest["usd_spent"])),
         usd_reported=sum((usd.get(source, Decimal(0)) for source in REPORTED), Decimal(0)),
         usd_estimated=sum((usd.get(source, Decimal(0)) for source in DERIVED), Decimal(0)),
-        unknown_attempts=manifest["unknown_cost_attempts"],
+        unknown_attempts=unknown,
         usd_unknown_at_most=Decimal(str(most)) if most is not None else None,
-        usd_wasted=Decimal(str(manifest.get("repair_usd", 0))),
+        usd_wasted=None,
         budget_usd=None,
         budget_per=None,
         budget_used=None,

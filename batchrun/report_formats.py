@@ -62,6 +62,13 @@ def _unknown(row: dict[str, Any]) -> str:
     return f"{row['unknown_attempts']}×?" if most is None or pd.isna(most) else f"≤{usd_text(most)}"
 
 
+def _in_flight(row: dict[str, Any]) -> str:
+    if not row["in_flight"]:
+        return ""
+    most = row["usd_in_flight_at_most"]
+    return f"{row['in_flight']}×?" if most is None or pd.isna(most) else f"{row['in_flight']}≤{usd_text(most)}"
+
+
 def _budget(row: dict[str, Any]) -> str:
     cap, used = row["budget_usd"], row["budget_used"]
     if cap is None or pd.isna(cap):
@@ -74,6 +81,8 @@ def _change(row: dict[str, Any]) -> str:
 
 
 def _took(row: dict[str, Any]) -> str:
+    if pd.isna(row["seconds"]):
+        return ""
     seconds = round(row["seconds"])
     if seconds >= 3600:
         return f"{seconds // 3600}h{seconds % 3600 // 60:02}"
@@ -92,6 +101,7 @@ _SUMS = (
     _Column("reported", _usd("usd_reported"), 8),
     _Column("estimated", _usd("usd_estimated"), 4),
     _Column("unknown", _unknown, 1),
+    _Column("in flight", _in_flight, 1),
     _Column("$/1000 rows", _ratio("usd_per_1000_rows"), 2),
     _Column("$/ok row", _ratio("usd_per_ok_row"), 6),
     _Column("wasted", _usd("usd_wasted"), 5),
@@ -120,7 +130,7 @@ _GROUP = (
 _TOP = (
     _Column("run", lambda row: row["run_id"]),
     _Column("job", lambda row: shown(row["job"], 24), 2),
-    _Column("row", lambda row: str(row["row"])),
+    _Column("row", lambda row: "(gone)" if pd.isna(row["row"]) else str(row["row"])),
     _Column("model", lambda row: shown(row["model"], 32), 3),
     _Column("sample", _number("sample"), 4),
     _Column("attempts", _number("attempts"), 1),
@@ -240,6 +250,9 @@ def _plain(frame: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def _blank(value: Any) -> Any:
+    if isinstance(value, str):
+        # Paths may hold bytes that are no text.
+        return value.encode("utf-8", "backslashreplace").decode()
     return None if not isinstance(value, dict | list) and pd.isna(value) else value
 
 

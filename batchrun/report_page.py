@@ -22,7 +22,7 @@ from batchrun.page_text import Cut, given, name, usd
 from batchrun.palette import PALETTE
 from batchrun.report import Report, records
 from batchrun.report_figures import NO_TIME, Evaluated, Table
-from batchrun.spend_details import Details, ShownRow
+from batchrun.spend_details import CostlyRow, Details
 
 if TYPE_CHECKING:
     from batchrun.report_drawn import Figure
@@ -189,9 +189,14 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
     if per_1000 is not None:
         note = f"{page_text.average(per_ok)} per row with an answer" if per_ok is not None else "no row has an answer"
         tiles.append(("Per 1,000 rows", page_text.average(per_1000), note))
-    wasted: Decimal = totals["usd_wasted"]
-    share = f"{wasted / spent:.1%} of what was spent: " if spent else ""
-    tiles.append(("Wasted", usd(wasted), f"{share}failed attempts and repairs"))
+    if under_way := totals["in_flight"]:
+        most = totals["usd_in_flight_at_most"]
+        figure = f"at most {usd(most)}" if most is not None else "no upper bound"
+        tiles.append(("In flight", figure, f"{_counted(under_way, 'attempt')}; in no other figure"))
+    wasted: Decimal | None = totals["usd_wasted"]
+    if wasted is not None:
+        share = f"{wasted / spent:.1%} of what was spent: " if spent else ""
+        tiles.append(("Wasted", usd(wasted), f"{share}failed attempts and repairs"))
     parts = [f"{totals[one]:,} {one}" for one in ("failed", "pending", "reused") if totals[one]]
     tiles.append(("Rows answered", f"{totals['ok']:,} of {totals['rows']:,}", " · ".join(parts)))
     parts = [f"{totals['cached_tokens']:,} of them cached", f"{totals['completion_tokens']:,} out"]
@@ -215,7 +220,7 @@ def _run_row(row: dict[str, Any]) -> RunRow:
         most = given(row["usd_unknown_at_most"])
         figure = f" ≤ {usd(most)}" if most is not None else ""
         sources.append(f"unknown{figure} ({_counted(row['unknown_attempts'], 'attempt')})")
-    if row["usd_wasted"]:
+    if given(row["usd_wasted"]):
         sources.append(f"wasted {usd(row['usd_wasted'])}")
     counts = [f"{row[one]:,} {one}" for one in ("ok", "failed", "pending", "reused") if row[one] or one == "ok"]
     return RunRow(
@@ -224,7 +229,7 @@ def _run_row(row: dict[str, Any]) -> RunRow:
         state="" if row["state"] == "finished" else name(row["state"], 20),
         reason=name(given(row["reason"]) or "", 160),
         started=f"{row['started_at']:%Y-%m-%d %H:%M}" if row["started_at"] != NO_TIME else "",
-        took=page_text.took(row["seconds"]) if row["seconds"] else "",
+        took=page_text.took(row["seconds"]) if given(row["seconds"]) else "",
         model=name(row["model"]),
         rows=counts,
         tokens=[
@@ -246,14 +251,14 @@ def _runs_note(report: Report) -> str:
     return f"The newest {MOST_RUNS} runs; {_counted(left, 'older run')} are in the totals only." if left > 0 else ""
 
 
-def _top(shown: Sequence[ShownRow]) -> list[TopRow]:
+def _top(shown: Sequence[CostlyRow]) -> list[TopRow]:
     most = min(_LONGEST_TEXT, _ALL_TEXTS // (2 * max(1, min(len(shown), MOST_ROWS))))
     return [
         TopRow(
             usd(one.spend.usd_spent),
             [
                 name(one.job),
-                f"row {one.spend.row:,}",
+                f"row {one.spend.row:,}" if one.spend.row is not None else "a row that is gone",
                 *([f"sample {one.spend.sample}"] if one.spend.sample else []),
                 name(one.spend.model),
                 _counted(one.spend.attempts, "attempt"),

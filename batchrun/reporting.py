@@ -23,12 +23,12 @@ from batchrun.report_groups import grouped
 from batchrun.report_places import begins_as_ledger
 from batchrun.sink import manifest_of
 from batchrun.spend_details import (
+    CostlyRow,
     Costs,
     Details,
     Failures,
     RowSpend,
     Seconds,
-    ShownRow,
     costliest,
     costs,
     failures,
@@ -118,11 +118,11 @@ def make_page(paths: Sequence[Path], *, since: str | None, runs: Sequence[str], 
         MissingHereError: the extra `report` is not installed.
         StorageError: a file cannot be read.
     """
-    from batchrun.report_page import page, require
+    from batchrun.report_page import MOST_ROWS, page, require
 
     require()
     report = _loaded(paths, since, runs)
-    details = details_of(report, most=top if top is not None else _USUAL_TOP, content=content)
+    details = details_of(report, top if top is not None else _USUAL_TOP, texts=MOST_ROWS if content else 0)
     return Made(page(report, details, made_at=datetime.now(UTC)).encode("utf-8", "replace"), report.notes)
 
 
@@ -147,12 +147,12 @@ def write(path: Path, data: bytes) -> None:
         raise StorageError(f"{path} cannot be written: {exc.strerror or exc}") from exc
 
 
-def details_of(report: Report, *, most: int, content: bool) -> Details:
+def details_of(report: Report, most: int, *, texts: int) -> Details:
     """What a page shows besides.
 
     Args:
         most: rows to be shown.
-        content: with their prompts and answers.
+        texts: so many of them with their prompts and answers.
     """
     failed: list[Failures] = []
     took: list[Seconds] = []
@@ -162,15 +162,15 @@ def details_of(report: Report, *, most: int, content: bool) -> Details:
         took += seconds(ledger, jobs)
         cost += costs(ledger, jobs)
     top = _costliest(report, most)
-    texts: dict[RowSpend, tuple[str | None, str | None]] = {}
-    for ledger, jobs in _ledgers(report) if content else ():
+    told: dict[RowSpend, tuple[str | None, str | None]] = {}
+    for ledger, jobs in _ledgers(report) if texts else ():
         lookups: dict[str, Lookup] = {}
-        for _, row in top:
+        for _, row in top[:texts]:
             if row.run_id in jobs:
                 lookup = lookups.get(row.run_id) or Lookup(ledger, _named(ledger, row.run_id))
                 lookups[row.run_id] = lookup
-                texts[row] = _texts(lookup, row)
-    return Details(failed, took, cost, [ShownRow(job, row, *texts.get(row, (None, None))) for job, row in top])
+                told[row] = _texts(lookup, row)
+    return Details(failed, took, cost, [CostlyRow(job, row, *told.get(row, (None, None))) for job, row in top])
 
 
 def _ledgers(report: Report) -> Iterator[tuple[LedgerView, dict[str, str]]]:

@@ -54,12 +54,16 @@ class ShownRun:
             f"asked: {spend.model} at {spend.provider}",
             f"rows: {spend.ok} ok ({spend.reused} reused), {spend.failed} failed, {spend.pending} pending "
             f"of {spend.rows}",
-            f"attempts: {spend.attempts}, {spend.in_flight} in flight",
+            f"attempts: {spend.attempts}",
             f"tokens: {spend.prompt_tokens} prompt ({spend.cached_tokens} cached), "
             f"{spend.completion_tokens} completion, {spend.total_tokens} total",
             f"spent: ${usd_text(spend.usd_spent)}: reported ${usd_text(spend.usd_reported)}, estimated "
-            f"${usd_text(spend.usd_estimated)}; wasted ${usd_text(spend.usd_wasted)}",
+            f"${usd_text(spend.usd_estimated)}; wasted ${usd_text(spend.usd_wasted or Decimal(0))}",
         ]
+        if spend.in_flight:
+            most = spend.usd_in_flight_at_most
+            known = f"at most ${usd_text(most)}" if most is not None else "nobody knows how much"
+            lines.append(f"in flight: {spend.in_flight} attempts, {known}")
         if spend.unknown_attempts:
             most = spend.usd_unknown_at_most
             known = f"at most ${usd_text(most)}" if most is not None else "nobody knows how much"
@@ -126,6 +130,8 @@ class Attempt:
     client_request_id: str
     key: str
     answer: str | None
+    is_pruned: bool
+    """The answer was dropped."""
 
 
 @dataclass(frozen=True)
@@ -197,6 +203,8 @@ def _attempt_lines(attempt: Attempt, run_id: str) -> list[str]:
     if attempt.answer is not None:
         lines.append("    answer:")
         lines += [f"      {line}" for line in attempt.answer.splitlines()]
+    if attempt.is_pruned:
+        lines.append("    answer: was pruned")
     return lines
 
 
@@ -307,7 +315,7 @@ def _attempts(ledger: LedgerView, run: Run, row_index: int, lookup: Lookup) -> d
                 latency / 1e6 if latency is not None else None, first_token / 1e6 if first_token is not None else None,
                 prompt, completion, total, cached, from_pico(pico) if pico is not None else None,
                 from_pico(reserved) if reserved is not None else None, source, request_id, client_request_id, key,
-                answer.text if answer is not None else None,
+                answer.text if answer is not None else None, outcome == "ok" and lookup.is_pruned(attempt_id),
             )
         )  # fmt: skip
         if settled_at is not None:

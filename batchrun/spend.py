@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import socket
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from decimal import Decimal
 from typing import Any, NamedTuple
 
-from batchrun.ledger_view import LedgerView, Run
+from batchrun.errors import StorageError
+from batchrun.ledger_view import LedgerView, Run, pico_sum, summed
 from batchrun.money import DERIVED, REPORTED, from_pico, to_pico
 
 IN_FLIGHT = "in flight"
@@ -20,10 +23,11 @@ class Part:
     """Attempts of one run with one model that were sent on one day (UTC) and ended alike. Dollars are exact."""
 
     run_id: str
+    provider: str
     model: str
     day: date
     outcome: str
-    """`ok`, `failed` or `unknown`; `in flight`, while the run is going on."""
+    """`ok`, `failed` or `unknown`; `in flight` while a process may still be waiting for the answer."""
     is_repair: bool
     """They asked again for an answer that fits."""
     cost_source: str | None
@@ -39,6 +43,8 @@ class Part:
     """Whose cost is not known, and not in `usd_spent`."""
     usd_unknown_at_most: Decimal | None
     """What those can have cost at most; None if nothing was reserved for one of them."""
+    usd_held: Decimal
+    """What counts against a cap: of a cost that is derived its upper bound, of one not known what was reserved."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +54,9 @@ class RunSpend:
     job: str
     run_id: str
     provider: str
+    """The providers asked, with commas between."""
     model: str
-    """The models asked, with commas between."""
+    """Likewise the models."""
     state: str
     """`open`, `finished` or `abandoned`."""
     reason: str | None
@@ -60,8 +67,8 @@ class RunSpend:
     """UTC."""
     ended_at: datetime | None
     """Of the last invocation; the last answer's, where it has not ended."""
-    seconds: float
-    """Of all invocations."""
+    seconds: float | None
+    """Of all invocations; None: not known, as in every field of a run that only its output tells of."""
     rows: int
     """Rows of the output: rows of the input times models times samples."""
     ok: int
@@ -73,6 +80,8 @@ class RunSpend:
     """That are over."""
     in_flight: int
     """Attempts under way."""
+    usd_in_flight_at_most: Decimal | None
+    """What those can cost; None if that is not known for all."""
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
@@ -87,14 +96,14 @@ class RunSpend:
     """Whose cost nobody has told; it is in no other amount."""
     usd_unknown_at_most: Decimal | None
     """What those can have cost at most; None if that is not known for all."""
-    usd_wasted: Decimal
+    usd_wasted: Decimal | None
     """Of what is known: attempts that brought no answer, and those that asked again for one that fits."""
     budget_usd: Decimal | None
     """The job's cap; None for none."""
     budget_per: str | None
     """What the cap is for: `run`, `day` or `month`."""
     budget_used: Decimal | None
-    """What the job spent in the run, or in the last day or month (UTC) that the run worked in."""
+    """What of it is taken: by the run, or by the job in the last day or month (UTC) that the run worked in."""
 
     @property
     def settled(self) -> int:
@@ -115,7 +124,7 @@ class RunSpend:
     def rows_per_second(self) -> float | None:
         """Rows that were asked and settled, by the time that the run took; None without any."""
         asked = self.settled - self.reused
-        return asked / self.seconds if asked > 0 and self.seconds > 0 else None
+        return asked / self.seconds if asked > 0 and self.seconds else None
 
 
 class Spend(NamedTuple):
@@ -126,14 +135,31 @@ class Spend(NamedTuple):
     parts: list[Part]
 
 
-class _Known(NamedTuple):
-    run: Run
-    ended_at: int | None
-    rows: int
-    job: dict[str, Any]
+class _Invocation(NamedTuple):
+    invocation: int
+    began: int
+    ended: int | None
+    end: int
+    """The end, or when the last attempt was over."""
     exit_code: int | None
     reason: str | None
-    seconds: float
+    job: dict[str, Any]
+    is_at_work: bool
+    """It may be."""
+
+
+class _Known(NamedTuple):
+    run: Run
+    rows: int
+    invocations: list[_Invocation]
+
+    @property
+    def job(self) -> dict[str, Any]:
+        return self.invocations[-1].job if self.invocations else {}
+
+    @property
+    def seconds(self) -> float:
+        return sum(one.end - one.began for one in self.invocations) / 1e6
 
 
 def read_ledger(ledger: LedgerView, *, number: int | None = None) -> Spend:
@@ -145,8 +171,14 @@ def read_ledger(ledger: LedgerView, *, number: int | None = None) -> Spend:
     Raises:
         StorageError: the ledger cannot be read.
     """
-    with ledger.snapshot():
-        return _read(ledger, number)
+    try:
+        with ledger.snapshot():
+            return _read(ledger, number)
+    except (ValueError, TypeError, KeyError, ArithmeticError) as exc:
+        raise StorageError(
+            f"the ledger {ledger.path} holds what batchrun has not written ({type(exc).__name__}: {exc}): "
+            "`batchrun salvage JOB` saves what can be read"
+        ) from exc
 
 
 def worked_seconds(ledger: LedgerView, run: Run) -> float:
@@ -156,98 +188,110 @@ def worked_seconds(ledger: LedgerView, run: Run) -> float:
 
 def _read(ledger: LedgerView, number: int | None) -> Spend:
     known = _known(ledger, number)
-    parts = _parts(ledger, {one.run.run: one.run.run_id for one in known})
-    by_day = _spent_by_day(ledger) if any(_cap(one).get("per") in ("day", "month") for one in known) else {}
-    reused = _reused(ledger)
+    parts = _parts(ledger, known)
+    # What a day or a month has taken, all runs have taken together.
+    needs_all = number is not None and any(_cap(one).get("per") in ("day", "month") for one in known)
+    all_parts = _parts(ledger, _known(ledger, None)) if needs_all else parts
+    reused = _reused(ledger, number)
     ((job,),) = ledger.rows("SELECT job_name FROM owner")
-    return Spend([_run_spend(ledger, job, one, parts, reused, by_day) for one in known], parts)
+    return Spend([_run_spend(ledger, str(job), one, parts, all_parts, reused) for one in known], parts)
 
 
 def _known(ledger: LedgerView, number: int | None) -> list[_Known]:
-    chosen = {"number": number}
+    invocations: dict[int, list[_Invocation]] = {}
+    for run, one in _invocations(ledger, number):
+        invocations.setdefault(run, []).append(one)
+    known = []
+    for run, run_id, started_at, state, placed in ledger.rows(
+        "SELECT run, run_id, started_at, state, input FROM run WHERE (run = :number OR :number IS NULL) AND "
+        "(input IS NOT NULL OR EXISTS (SELECT 1 FROM attempt WHERE attempt.run = run.run)) ORDER BY run",
+        {"number": number},
+    ):
+        document = ledger.document(placed) if placed is not None else {}
+        rows = int(document.get("rows", 0)) * int(document.get("slots_per_row", 1))
+        known.append(_Known(Run(run, run_id, started_at, state, is_new=False), rows, invocations.get(run, [])))
+    return known
+
+
+def _invocations(ledger: LedgerView, number: int | None) -> Iterable[tuple[int, _Invocation]]:
+    """With their runs, from the oldest to the newest."""
     last_settled = dict(
         ledger.rows(
             # What was lost is settled by the next invocation, perhaps days later.
             "SELECT invocation, max(CASE outcome WHEN 'unknown' THEN sent_at ELSE coalesce(settled_at, sent_at) END) "
             "FROM attempt WHERE (run = :number OR :number IS NULL) AND invocation IN "
             "(SELECT invocation FROM invocation WHERE ended_at IS NULL) GROUP BY invocation",
-            chosen,
+            {"number": number},
         )
     )
-    worked: dict[int, list[tuple[int, int, int | None, int | None, str | None, str]]] = {}
-    for of_run, invocation, began, ended, exit_code, reason, job in ledger.rows(
-        "SELECT run, invocation, started_at, ended_at, exit_code, reason, job FROM invocation "
+    for run, invocation, began, ended, exit_code, reason, job, host, pid, is_newest in ledger.rows(
+        "SELECT run, invocation, started_at, ended_at, exit_code, reason, job, host, pid, "
+        "invocation = (SELECT max(invocation) FROM invocation) FROM invocation "
         "WHERE run = :number OR :number IS NULL ORDER BY invocation",
-        chosen,
+        {"number": number},
     ):
         end = ended if ended is not None else last_settled.get(invocation, began)
-        worked.setdefault(of_run, []).append((began, end, ended, exit_code, reason, job))
-    known = []
-    for run, run_id, started_at, state, placed in ledger.rows(
-        "SELECT run, run_id, started_at, state, input FROM run WHERE (run = :number OR :number IS NULL) AND "
-        "(input IS NOT NULL OR EXISTS (SELECT 1 FROM attempt WHERE attempt.run = run.run)) ORDER BY run",
-        chosen,
+        is_at_work = ended is None and bool(is_newest) and _may_run(host, pid)
+        yield run, _Invocation(
+            invocation, began, ended, end, exit_code, reason, ledger.document(job), is_at_work
+        )  # fmt: skip
+
+
+def _may_run(host: str, pid: int) -> bool:
+    """False if a process is known to be gone."""
+    if host != socket.gethostname() or os.name == "nt":
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        return True
+    return True
+
+
+def _parts(ledger: LedgerView, known: Sequence[_Known]) -> list[Part]:
+    run_ids = {one.run.run: one.run.run_id for one in known}
+    invocations = {each.invocation: each for one in known for each in one.invocations}
+    found: dict[tuple[Any, ...], list[int]] = {}
+    for run, invocation, *rest in ledger.rows(
+        f"SELECT run, invocation, model, sent_at / {_DAY} AS day, outcome, repair > 0 AS again, cost_source, "
+        "count(*), coalesce(sum(prompt_tokens), 0), coalesce(sum(completion_tokens), 0), "
+        "coalesce(sum(total_tokens), 0), coalesce(sum(cached_tokens), 0), sum(usd_pico IS NULL), "
+        f"sum(usd_pico IS NULL AND reserved_pico IS NULL), {pico_sum('usd_pico')}, "
+        f"{pico_sum('CASE WHEN usd_pico IS NULL THEN reserved_pico END')}, "
+        f"{pico_sum('CASE WHEN usd_pico IS NULL THEN reserved_pico ELSE coalesce(held_pico, usd_pico) END')} "
+        f"FROM charged WHERE run IN ({', '.join(map(str, run_ids))}) "
+        "GROUP BY run, invocation, model, day, outcome, again, cost_source "
+        "ORDER BY run, invocation, model, day, outcome, again, cost_source"
     ):
-        document = ledger.document(placed) if placed is not None else {}
-        rows = int(document.get("rows", 0)) * int(document.get("slots_per_row", 1))
-        invocations = worked.get(run, [])
-        *_, exit_code, reason, job = invocations[-1] if invocations else (0, 0, None, None, None, "{}")
-        known.append(
-            _Known(
-                Run(run, run_id, started_at, state, is_new=False),
-                max((end for _, end, *_ in invocations), default=None),
-                rows,
-                ledger.document(job),
-                exit_code,
-                reason,
-                sum(end - began for began, end, *_ in invocations) / 1e6,
-            )
-        )
-    return known
-
-
-def _parts(ledger: LedgerView, run_ids: dict[int, str]) -> list[Part]:
-    numbers = ", ".join(map(str, run_ids))
-    rows = ledger.rows(
-        f"SELECT run, model, sent_at / {_DAY} AS day, coalesce(outcome, '{IN_FLIGHT}') AS became, repair > 0 AS again, "
-        "cost_source, count(*), coalesce(sum(prompt_tokens), 0), coalesce(sum(completion_tokens), 0), "
-        "coalesce(sum(total_tokens), 0), coalesce(sum(cached_tokens), 0), coalesce(sum(usd_pico >> 30), 0), "
-        "coalesce(sum(usd_pico & 1073741823), 0), sum(usd_pico IS NULL), "
-        "sum(usd_pico IS NULL AND reserved_pico IS NULL), "
-        "coalesce(sum(CASE WHEN usd_pico IS NULL THEN reserved_pico >> 30 END), 0), "
-        "coalesce(sum(CASE WHEN usd_pico IS NULL THEN reserved_pico & 1073741823 END), 0) "
-        f"FROM charged WHERE run IN ({numbers}) GROUP BY run, model, day, became, again, cost_source "
-        "ORDER BY run, model, day, became, again, cost_source"
-    )
+        model, day, outcome, again, cost_source, *counts, high, low, most_high, most_low, held_high, held_low = rest
+        of = invocations.get(invocation)
+        became = outcome or (IN_FLIGHT if of is not None and of.is_at_work else "unknown")
+        kind = (run_ids[run], _provider(of.job if of is not None else {}), model, day, became, bool(again), cost_source)
+        sums = (*counts, summed(high, low), summed(most_high, most_low), summed(held_high, held_low))
+        found[kind] = [one + more for one, more in zip(found.get(kind, [0] * len(sums)), sums, strict=True)]
     return [
         Part(
-            run_ids[run], model, datetime.fromtimestamp(day * 86_400, UTC).date(), became, bool(again), cost_source,
-            attempts, prompt, completion, total, cached, from_pico((high << 30) + low), unknown,
-            from_pico((most_high << 30) + most_low) if not boundless else None,
+            run_id, provider, model, datetime.fromtimestamp(day * 86_400, UTC).date(), became, again, cost_source,
+            attempts, prompt, completion, total, cached, from_pico(usd), unknown,
+            from_pico(most) if not boundless else None, from_pico(held),
         )
-        for (
-            run, model, day, became, again, cost_source, attempts, prompt, completion, total, cached, high, low,
-            unknown, boundless, most_high, most_low,
-        ) in rows
+        for (run_id, provider, model, day, became, again, cost_source), (
+            attempts, prompt, completion, total, cached, unknown, boundless, usd, most, held,
+        ) in found.items()
     ]  # fmt: skip
 
 
-def _spent_by_day(ledger: LedgerView) -> dict[date, Decimal]:
-    """Dollars of all runs of a ledger, by the day (UTC) on which attempts were sent."""
-    rows = ledger.rows(
-        f"SELECT sent_at / {_DAY}, coalesce(sum(usd_pico >> 30), 0), coalesce(sum(usd_pico & 1073741823), 0) "
-        "FROM charged GROUP BY 1"
-    )
-    return {datetime.fromtimestamp(day * 86_400, UTC).date(): from_pico((high << 30) + low) for day, high, low in rows}
-
-
-def _reused(ledger: LedgerView) -> dict[int, int]:
+def _reused(ledger: LedgerView, number: int | None) -> dict[int, int]:
     """How many slots of each run took an answer that was there."""
     return dict(
         ledger.rows(
-            "SELECT run, count(*) FROM reused WHERE source_run <> run OR EXISTS (SELECT 1 FROM attempt "
+            "SELECT run, count(*) FROM reused WHERE (run = :number OR :number IS NULL) AND (source_run <> run "
+            "OR EXISTS (SELECT 1 FROM attempt "
             "WHERE attempt.run = source_run AND attempt.row_index = source_row AND attempt.model = reused.model "
-            "AND attempt.sample = reused.sample AND attempt.key = reused.key AND outcome = 'ok') GROUP BY run"
+            "AND attempt.sample = reused.sample AND attempt.key = reused.key AND outcome = 'ok')) GROUP BY run",
+            {"number": number},
         )
     )
 
@@ -257,28 +301,29 @@ def _run_spend(
     job: str,
     known: _Known,
     parts: Sequence[Part],
+    all_parts: Sequence[Part],
     reused: dict[int, int],
-    by_day: dict[date, Decimal],
 ) -> RunSpend:
     run = known.run
     sent = [part for part in parts if part.run_id == run.run_id]
     own = [part for part in sent if part.outcome != IN_FLIGHT]
+    under_way = [part for part in sent if part.outcome == IN_FLIGHT]
+    newest = known.invocations[-1] if known.invocations else None
     ok, failed = ledger.counts(run)
     asked = known.job.get("model")
     models = list(dict.fromkeys(part.model for part in sent)) or (asked if isinstance(asked, list) else [str(asked)])
-    most = [part.usd_unknown_at_most for part in own]
+    providers = list(dict.fromkeys(part.provider for part in sent)) or [_provider(known.job)]
     budget = _cap(known)
-    usd = sum((part.usd_spent for part in own), Decimal(0))
     return RunSpend(
         job=job,
         run_id=run.run_id,
-        provider=str((known.job.get("provider") or {}).get("name")),
+        provider=", ".join(providers),
         model=", ".join(models),
         state=run.state,
-        reason=known.reason,
-        exit_code=known.exit_code,
+        reason=newest.reason if newest is not None else None,
+        exit_code=newest.exit_code if newest is not None else None,
         started_at=_moment(run.started_at),
-        ended_at=_moment(known.ended_at) if known.ended_at is not None else None,
+        ended_at=_moment(max(one.end for one in known.invocations)) if known.invocations else None,
         seconds=known.seconds,
         rows=known.rows,
         ok=ok,
@@ -286,31 +331,44 @@ def _run_spend(
         pending=max(0, known.rows - ok - failed),
         reused=reused.get(run.run, 0),
         attempts=sum(part.attempts for part in own),
-        in_flight=sum(part.attempts for part in sent) - sum(part.attempts for part in own),
+        in_flight=sum(part.attempts for part in under_way),
+        usd_in_flight_at_most=_at_most(under_way),
         prompt_tokens=sum(part.prompt_tokens for part in own),
         completion_tokens=sum(part.completion_tokens for part in own),
         total_tokens=sum(part.total_tokens for part in own),
         cached_tokens=sum(part.cached_tokens for part in own),
-        usd_spent=usd,
+        usd_spent=sum((part.usd_spent for part in own), Decimal(0)),
         usd_reported=sum((part.usd_spent for part in own if part.cost_source in REPORTED), Decimal(0)),
         usd_estimated=sum((part.usd_spent for part in own if part.cost_source in DERIVED), Decimal(0)),
         unknown_attempts=sum(part.unknown_attempts for part in own),
-        usd_unknown_at_most=sum((one for one in most if one is not None), Decimal(0)) if None not in most else None,
+        usd_unknown_at_most=_at_most(own),
         usd_wasted=sum((part.usd_spent for part in own if part.outcome != "ok" or part.is_repair), Decimal(0)),
-        budget_usd=Decimal(str(budget["usd"])) if "usd" in budget else None,
+        budget_usd=from_pico(to_pico(Decimal(str(budget["usd"])))) if "usd" in budget else None,
         budget_per=budget.get("per"),
-        budget_used=_used(budget.get("per"), usd, own, by_day) if budget else None,
+        budget_used=_used(budget.get("per"), known, sent, all_parts) if budget else None,
     )
 
 
-def _used(per: str | None, usd: Decimal, own: Sequence[Part], by_day: dict[date, Decimal]) -> Decimal:
-    if per == "run" or not own:
-        return usd
-    last = max(part.day for part in own)
-    days = [
-        day for day in by_day if day == last or (per == "month" and (day.year, day.month) == (last.year, last.month))
-    ]
-    return sum((by_day[day] for day in days), Decimal(0))
+def _at_most(parts: Sequence[Part]) -> Decimal | None:
+    most = [part.usd_unknown_at_most for part in parts]
+    return sum((one for one in most if one is not None), Decimal(0)) if None not in most else None
+
+
+def _used(per: str | None, known: _Known, sent: Sequence[Part], all_parts: Sequence[Part]) -> Decimal:
+    if per not in ("day", "month"):
+        return sum((part.usd_held for part in sent), Decimal(0))
+    ends = [_moment(one.end).date() for one in known.invocations]
+    last = max([part.day for part in sent] or ends or [_moment(known.run.started_at).date()])
+    in_time = [
+        part for part in all_parts
+        if part.day == last or (per == "month" and (part.day.year, part.day.month) == (last.year, last.month))
+    ]  # fmt: skip
+    return sum((part.usd_held for part in in_time), Decimal(0))
+
+
+def _provider(job: dict[str, Any]) -> str:
+    provider = job.get("provider")
+    return str(provider.get("name")) if isinstance(provider, dict) else str(provider)
 
 
 def share(usd: Decimal, number: int) -> Decimal | None:

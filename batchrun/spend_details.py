@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import NamedTuple
 
-from batchrun.ledger_view import NO_ROW, LedgerView
+from batchrun.ledger_view import GROUP_COLUMNS, NO_ROW, LedgerView
 from batchrun.money import from_pico
 
+_GROUP = ", ".join(GROUP_COLUMNS)
 _PERCENTILES = (0.5, 0.95, 0.99)
 # From a ten-millionth of a dollar on: 1, 2, 5, 10, …
 _STEPS = [step * 10**power for power in range(5, 15) for step in (1, 2, 5)]
@@ -48,7 +49,7 @@ class Costs(NamedTuple):
     rows: int
 
 
-class ShownRow(NamedTuple):
+class CostlyRow(NamedTuple):
     """One of the costliest rows, to be shown."""
 
     job: str
@@ -66,15 +67,15 @@ class Details:
     failures: list[Failures]
     seconds: list[Seconds]
     costs: list[Costs]
-    top: list[ShownRow]
+    top: list[CostlyRow]
 
 
 class RowSpend(NamedTuple):
     """A row (with its model and sample) and what it took."""
 
     run_id: str
-    row: int
-    """Of the input, counted from 1, as it was asked."""
+    row: int | None
+    """Of the input, counted from 1; None if the input has it no more."""
     model: str
     sample: int
     attempts: int
@@ -116,7 +117,7 @@ def costs(ledger: LedgerView, run_ids: Iterable[str]) -> list[Costs]:
         f"SELECT run_id, CASE {cases} ELSE {len(_STEPS)} END AS step, count(*) FROM ("
         "SELECT run, sum(usd_pico) AS pico FROM charged WHERE outcome IS NOT NULL "
         f"AND run IN (SELECT run FROM run WHERE run_id IN ({_listed(run_ids)})) "
-        "GROUP BY run, row_index, model, sample HAVING count(*) = count(usd_pico)"
+        f"GROUP BY {_GROUP} HAVING count(*) = count(usd_pico)"
         ") JOIN run USING (run) GROUP BY 1, 2 ORDER BY 1, 2"
     )
     return [Costs(run_id, from_pico(_STEPS[step - 1]) if step else Decimal(0), number) for run_id, step, number in rows]
@@ -125,13 +126,13 @@ def costs(ledger: LedgerView, run_ids: Iterable[str]) -> list[Costs]:
 def costliest(ledger: LedgerView, run_ids: Iterable[str], most: int) -> list[RowSpend]:
     """The rows that cost most, the dearest first."""
     rows = ledger.rows(
-        "SELECT run_id, row_index + 1, model, sample, number, tokens, pico, newest FROM ("
-        "SELECT run, row_index, model, sample, count(*) AS number, coalesce(sum(total_tokens), 0) AS tokens, "
+        "SELECT run_id, 1 + CASE WHEN moved.run IS NULL THEN row_index ELSE to_row END, model, sample, number, tokens, "
+        f"pico, newest FROM (SELECT {_GROUP}, count(*) AS number, coalesce(sum(total_tokens), 0) AS tokens, "
         "sum(usd_pico) AS pico, max(attempt_id) AS newest FROM charged "
         f"WHERE outcome IS NOT NULL AND row_index <> {NO_ROW} "
         f"AND run IN (SELECT run FROM run WHERE run_id IN ({_listed(run_ids)})) "
-        f"GROUP BY run, row_index, model, sample HAVING pico > 0 ORDER BY pico DESC, run, row_index LIMIT {int(most)}"
-        ") JOIN run USING (run) ORDER BY pico DESC, run, row_index"
+        f"GROUP BY {_GROUP} HAVING pico > 0 ORDER BY pico DESC, run, row_index LIMIT {int(most)}"
+        f") JOIN run USING (run) LEFT JOIN moved USING ({_GROUP}) ORDER BY pico DESC, run, row_index"
     )
     return [
         RowSpend(run_id, row, model, sample, attempts, tokens, from_pico(pico), newest)

@@ -83,7 +83,7 @@ class Summary:
             "reason": self.reason,
             "usd_spent": totals.usd,
             "usd_by_source": totals.usd_by_source,
-            "unknown_cost_attempts": totals.unknown_cost,
+            "unknown_attempts": totals.unknown_cost,
             "unknown_outcomes": totals.unknown_outcomes,
             "unknown_rows": totals.unknown_rows,
             "unknown_usd_at_most": totals.unknown_usd,

@@ -11,7 +11,7 @@ import pandas as pd
 
 from batchrun.money import from_pico
 from batchrun.report import RUN_COLUMNS, SPEND_COLUMNS, Report
-from batchrun.spend_details import Costs, Details, Failures, RowSpend, Seconds, ShownRow
+from batchrun.spend_details import CostlyRow, Costs, Details, Failures, RowSpend, Seconds
 
 MADE_AT = datetime(2026, 6, 30, 12, 0, tzinfo=UTC)
 NOTHING = Details([], [], [], [])
@@ -37,6 +37,7 @@ def run(**columns: Any) -> dict[str, Any]:
         "completion_tokens": 40_321, "total_tokens": 852_666, "cached_tokens": 120_000,
         "usd_spent": Decimal("1.234567890123"), "usd_reported": Decimal("1.2"),
         "usd_estimated": Decimal("0.034567890123"), "unknown_attempts": 0, "usd_unknown_at_most": Decimal(0),
+        "usd_in_flight_at_most": Decimal(0),
         "usd_wasted": Decimal("0.0123"), "budget_usd": None, "budget_per": None, "budget_used": None,
         "usd_per_1000_rows": Decimal("1.234567890123"), "usd_per_ok_row": Decimal("0.001247038273"),
         "rows_per_second": 10.5, "change": float("nan"), "ledger": "outputs/labels.ledger.sqlite", "output": None,
@@ -50,6 +51,7 @@ def part(of: dict[str, Any], **columns: Any) -> dict[str, Any]:
     return {
         **{name: of[name] for name in (*same, "cached_tokens", "usd_spent", "unknown_attempts", "usd_unknown_at_most")},
         "day": of["started_at"].date(), "outcome": "ok", "is_repair": False, "cost_source": "reported",
+        "usd_held": of["usd_spent"],
     } | columns  # fmt: skip
 
 
@@ -112,7 +114,7 @@ def many(number: int, *, text: int = 900, seed: int = 1) -> tuple[Report, Detail
         costs += [Costs(one["run_id"], Decimal(step), chance.randint(1, rows)) for step in steps]
     words = ["Which", "of", "the", "labels", "fits", "this", "message", "of", "a", "customer?", "it", "says:", "late"]
     top = [
-        ShownRow(
+        CostlyRow(
             one["job"],
             RowSpend(
                 one["run_id"],

@@ -27,7 +27,7 @@ from batchrun.palette import PALETTE
 from batchrun.report import Report
 from batchrun.report_figures import MOST_BUCKETS, OTHER, causes, evaluations, over_time, steps
 from batchrun.report_page import page
-from batchrun.spend_details import Costs, Details, Failures, RowSpend, Seconds, ShownRow
+from batchrun.spend_details import CostlyRow, Costs, Details, Failures, RowSpend, Seconds
 
 from .pages import MADE_AT, NOTHING, evaluation, many, part, report, run
 
@@ -51,10 +51,10 @@ def hostile() -> tuple[Report, Details]:
         ),
     ]  # fmt: skip
     top = [
-        ShownRow(
+        CostlyRow(
             HOSTILE, RowSpend(HOSTILE, 1, HOSTILE, 2, 3, 4, Decimal("0.1"), 5), HOSTILE, HOSTILE + "a" * 1_000_000
         ),
-        ShownRow("job", RowSpend("run", 2, "model", 0, 1, 4, Decimal("0.01"), 5), None, ""),
+        CostlyRow("job", RowSpend("run", 2, "model", 0, 1, 4, Decimal("0.01"), 5), None, ""),
     ]
     details = Details(
         [Failures(HOSTILE, HOSTILE, 7)],
@@ -84,7 +84,7 @@ def foreign() -> tuple[Report, Details]:
         # The last is of a run that is not in the report.
         [Seconds(f"r{place}", name, 9, 0.5, 0.8, 1.2, 0.1, 0.2, 0.3) for place, name in enumerate((*names, "none"))],
         [],
-        [ShownRow(names[0], RowSpend("r0", 1, names[0], 0, 1, 4, Decimal("0.1"), 5), names[0] * 300, "نعم")],
+        [CostlyRow(names[0], RowSpend("r0", 1, names[0], 0, 1, 4, Decimal("0.1"), 5), names[0] * 300, "نعم")],
     )
     return report(runs), details
 
@@ -266,7 +266,7 @@ def test_the_largest_page_is_bounded() -> None:
         [Failures(run_id, f"{run_id}", 1) for run_id in ids],
         [Seconds(run_id, long, 1, 0.1, 0.2, 0.3, 0.1, 0.2, 0.3) for run_id in ids],
         [Costs(ids[0], Decimal(5).scaleb(-power), 1) for power in range(8)],
-        [ShownRow(long, RowSpend(run_id, 1, long, 1, 1, 1, Decimal(1), 1), worst, worst) for run_id in ids],
+        [CostlyRow(long, RowSpend(run_id, 1, long, 1, 1, 1, Decimal(1), 1), worst, worst) for run_id in ids],
     )
     html = page(report(runs, parts, (long,) * 100), details, made_at=MADE_AT)
     assert len(html.encode()) < MOST_BYTES
