@@ -108,13 +108,20 @@ class LedgerView:
             StorageError: it cannot be read, or another version of batchrun must bring it up to date first.
         """
         with storage(path):
-            db = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None)
             try:
-                check_version(db, path)
-            except BaseException:
-                db.close()
-                raise
-            return cls(db, path)
+                return cls(_opened(path, "mode=ro"), path)
+            except sqlite3.OperationalError as exc:
+                # Beside a write-ahead log SQLite must write, if only who reads; where nothing can be written, nobody is
+                # at work either, and without a log the file alone is all there is.
+                if exc.sqlite_errorcode & 0xFF != sqlite3.SQLITE_CANTOPEN or not path.is_file():
+                    raise
+                log = log_of(path)
+                if log.exists() and log.stat().st_size:
+                    raise StorageError(
+                        f"the ledger {path} cannot be read with its write-ahead log where nothing may be written: "
+                        f"copy it and {log.name} to a folder of yours"
+                    ) from exc
+                return cls(_opened(path, "immutable=1"), path)
 
     def close(self) -> None:
         """Close the file; SQLite folds the write-ahead log into it."""
@@ -580,6 +587,16 @@ _COUNTS = (
 )
 # Of a slot's attempts only the newest tells whether it is failed: one that is asked again is pending meanwhile.
 NEWEST_IS_FINAL = "max(attempt_id * 2 + final) & 1"
+
+
+def _opened(path: Path, how: str) -> sqlite3.Connection:
+    db = sqlite3.connect(f"{path.absolute().as_uri()}?{how}", uri=True, isolation_level=None)
+    try:
+        check_version(db, path)
+    except BaseException:
+        db.close()
+        raise
+    return db
 
 
 def known_input(path: Path) -> dict[str, Any] | None:

@@ -17,7 +17,7 @@ from batchrun.folders import appearing
 from batchrun.ledger_view import LedgerView, Run
 from batchrun.lookup import Lookup, prompt_text
 from batchrun.moments import moment_of
-from batchrun.report import Report, load
+from batchrun.report import Report, load, records
 from batchrun.report_formats import Views, csv_text, document, lines, markdown, parquet_bytes
 from batchrun.report_groups import grouped
 from batchrun.report_places import begins_as_ledger
@@ -175,10 +175,13 @@ def details_of(report: Report, most: int, *, texts: int) -> Details:
 
 def _ledgers(report: Report) -> Iterator[tuple[LedgerView, dict[str, str]]]:
     """Each ledger, open for reading, with the jobs of its runs by their ids."""
-    in_ledgers = report.runs[report.runs["ledger"].notna()]
-    for path, runs in in_ledgers.groupby("ledger"):
-        with closing(LedgerView.read(Path(str(path)))) as ledger:
-            yield ledger, dict(zip(runs["run_id"], runs["job"], strict=True))
+    # Not by pandas: it makes text of names that may be none.
+    found: dict[str, dict[str, str]] = {}
+    for run in records(report.runs[report.runs["ledger"].notna()]):
+        found.setdefault(run["ledger"], {})[run["run_id"]] = run["job"]
+    for path, jobs in found.items():
+        with closing(LedgerView.read(Path(path))) as ledger:
+            yield ledger, jobs
 
 
 def _named(ledger: LedgerView, run_id: str) -> Run:
