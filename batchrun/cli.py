@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import sys
+from collections.abc import Iterable
 from contextlib import suppress
 from io import TextIOWrapper
 from math import isfinite
@@ -17,6 +18,7 @@ import click
 
 from batchrun import __version__
 from batchrun.errors import BatchrunError, ExitCode, StorageError
+from batchrun.tables import harmless
 
 # Whatever takes long to import is imported by the command that needs it: `--help` and a refused job are instant.
 
@@ -126,7 +128,7 @@ def check(job: Path, rows: int, offline: bool, as_json: bool) -> None:
     preview = check(load_job(job), os.environ, samples=rows, is_offline=offline)
     for warning in preview.warnings:
         _say(f"warning: {warning}")
-    _print(preview.to_json() if as_json else "\n".join(preview.lines()))
+    _print(preview.to_json() if as_json else _text(preview.lines()))
     if preview.rows and preview.fault_count == preview.rows:
         sys.exit(ExitCode.ROWS_FAILED)
 
@@ -143,7 +145,7 @@ def compare(run_a: str, run_b: str, as_json: bool) -> None:
     from batchrun.compare import compare
 
     found = compare(run_a, run_b)
-    _print(found.to_json() if as_json else "\n".join(found.lines()))
+    _print(found.to_json() if as_json else _text(found.lines()))
 
 
 @cli.command()
@@ -240,7 +242,7 @@ def verify(job: Path, as_json: bool) -> None:
         from batchrun.verify import verify
 
         verdict = verify(loaded)
-    _print(verdict.to_json() if as_json else "\n".join(verdict.lines()))
+    _print(verdict.to_json() if as_json else _text(verdict.lines()))
     sys.exit(ExitCode.ROWS_FAILED if verdict.wrong else ExitCode.OK)
 
 
@@ -312,7 +314,6 @@ def report(
 ) -> None:
     """What every run cost. PATH: a ledger, an output, or a folder of them (outputs, if there is none)."""
     from batchrun.reporting import make, make_page, write
-    from batchrun.tables import plain
 
     if html is not None and (by is not None or output is not None or form != "table"):
         raise click.UsageError("--html is a report of its own: leave out --by, --format and --output")
@@ -323,13 +324,13 @@ def report(
     if html is not None:
         page = make_page(paths, since=since, runs=runs, top=top, content=not no_content)
         for note in page.notes:
-            _say(plain(note))
+            _say(note)
         write(html, page.data)
         _say(f"page: {html}")
         return
     made = make(paths, by=by, since=since, runs=runs, top=top, form=form, width=_width() if output is None else None)
     for note in made.notes:
-        _say(plain(note))
+        _say(note)
     if output is not None:
         write(output, made.data)
     elif form == "parquet":
@@ -355,7 +356,7 @@ def show(job: Path, run_id: str | None, row: int | None, as_json: bool) -> None:
 
     loaded = load_job(job)
     found = show_run(loaded, run_id) if row is None else show_row(loaded, run_id, row)
-    _print(found.to_json() if as_json else "\n".join(found.lines()))
+    _print(found.to_json() if as_json else _text(found.lines()))
 
 
 @cli.command()
@@ -465,6 +466,10 @@ def _terminated(number: int, frame: Any) -> None:
     sys.exit(ExitCode.TERMINATED)
 
 
+def _text(lines: Iterable[str]) -> str:
+    return "\n".join(map(harmless, lines))
+
+
 def _print(data: str) -> None:
     try:
         # Not click's echo, which takes escape sequences out of data.
@@ -479,7 +484,7 @@ def _print(data: str) -> None:
 def _say(line: str) -> None:
     # Talk that nobody can hear decides nothing.
     with suppress(OSError):
-        click.echo(f"batchrun: {line}", err=True)
+        click.echo(f"batchrun: {harmless(line)}", err=True)
 
 
 def _silent(line: str) -> None:

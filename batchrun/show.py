@@ -17,7 +17,6 @@ from batchrun.money import from_pico, usd_text
 from batchrun.spend import RunSpend, read_ledger
 from batchrun.spend_details import Failures, Seconds, failures, seconds
 from batchrun.summary import exact_json
-from batchrun.tables import plain
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ class ShownRun:
         for took in self.seconds:
             first = f"; first token {took.first_p50} / {took.first_p95} / {took.first_p99}" if took.first_p50 else ""
             lines.append(f"seconds of {took.model} (half, 95 %, 99 %): {took.p50} / {took.p95} / {took.p99}{first}")
-        return [plain(line) for line in lines]
+        return lines
 
     def to_json(self) -> str:
         """One JSON object."""
@@ -173,7 +172,7 @@ class ShownRow:
                 lines.append("  has not been asked")
             for attempt in slot.attempts:
                 lines += _attempt_lines(attempt, self.run_id)
-        return [plain(line) for line in lines]
+        return lines
 
     def to_json(self) -> str:
         """One JSON object."""

@@ -337,7 +337,9 @@ def test_what_a_terminal_would_obey_is_not_shown_to_it(work: Workspace, provide:
     assert work.run().code == 0
     shown = work.batchrun("show", "job.yaml", "--row", "1").stdout
     assert "owned" in shown
-    assert not any(char in shown for char in "\x1b\x07\x9b")
+    checked = work.batchrun("check", "job.yaml").stdout
+    assert "a prompt" in checked
+    assert not any(char in shown + checked for char in "\x1b\x07\x9b")
 
 
 def test_the_hours_between_a_kill_and_the_next_call_are_no_work(work: Workspace, provide: Provide) -> None:
