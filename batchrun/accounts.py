@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from decimal import Decimal
 from typing import Any, NamedTuple
 
-from batchrun.ledger_view import LedgerView, Run, everywhere, seconds
+from batchrun.ledger_view import LedgerView, Run, everywhere, pico_sum, seconds, summed
 from batchrun.money import DERIVED, REPORTED, from_pico
 from batchrun.records import Totals
 from batchrun.usage import Usage
@@ -16,17 +16,8 @@ _SHOWN_ROWS = 20
 _MEASURED = 10_000
 
 
-def _sum(column: str) -> str:
-    """SQL of two sums that no number of rows makes too large for 64 bits."""
-    return f"coalesce(sum({column} >> 30), 0), coalesce(sum({column} & 1073741823), 0)"
-
-
-_USD, _RESERVED = _sum("usd_pico"), _sum("CASE WHEN usd_pico IS NULL THEN reserved_pico END")
-_MARGIN = _sum("CASE WHEN usd_pico IS NOT NULL THEN held_pico - usd_pico END")
-
-
-def _summed(high: int, low: int) -> int:
-    return (high << 30) + low
+_USD, _RESERVED = pico_sum("usd_pico"), pico_sum("CASE WHEN usd_pico IS NULL THEN reserved_pico END")
+_MARGIN = pico_sum("CASE WHEN usd_pico IS NOT NULL THEN held_pico - usd_pico END")
 
 
 class Held(NamedTuple):
@@ -55,7 +46,7 @@ def held(ledger: LedgerView, run: Run | None, since: int) -> Held:
         "FROM charged WHERE (run = :run OR :run IS NULL) AND sent_at >= :since",
         {"run": run.run if run is not None else None, "since": since},
     )
-    return Held(_summed(*sums[:2]), _summed(*sums[2:4]), _summed(*sums[4:]), unknown, unbounded)
+    return Held(summed(*sums[:2]), summed(*sums[2:4]), summed(*sums[4:]), unknown, unbounded)
 
 
 def overcharge(ledger: LedgerView, run: Run | None, since: int) -> tuple[Decimal, Decimal, dict[str, Any]] | None:
@@ -88,7 +79,7 @@ def spent(ledger: LedgerView, run: Run) -> tuple[Decimal, int]:
     ((high, low, tokens),) = ledger.rows(
         f"SELECT {_USD}, coalesce(sum(total_tokens), 0) FROM charged WHERE run = ?", (run.run,)
     )
-    return from_pico(_summed(high, low)), tokens
+    return from_pico(summed(high, low)), tokens
 
 
 class Compared(NamedTuple):
@@ -176,7 +167,7 @@ def unknown_before(ledger: LedgerView, moment: int) -> tuple[int, Decimal | None
         "WHERE usd_pico IS NULL AND sent_at < ?",
         (moment,),
     )
-    return number, from_pico(_summed(high, low)) if not unbounded else None
+    return number, from_pico(summed(high, low)) if not unbounded else None
 
 
 def unrecorded(ledger: LedgerView) -> tuple[int, Decimal]:
@@ -186,7 +177,7 @@ def unrecorded(ledger: LedgerView) -> tuple[int, Decimal]:
         "WHERE NOT EXISTS (SELECT 1 FROM attempt WHERE attempt.attempt_id = billed.attempt_id "
         "AND attempt.client_request_id = billed.client_request_id)"
     )
-    return number, from_pico(_summed(high, low))
+    return number, from_pico(summed(high, low))
 
 
 def _usd(pico: int | None) -> Decimal | None:
@@ -326,24 +317,24 @@ def totals(ledger: LedgerView, run: Run) -> Totals:
     return Totals(
         ok=ok,
         failed=failed,
-        usd=from_pico(_summed(*sums[:2])),
-        usd_by_source={source: from_pico(_summed(high, low)) for source, high, low in by_source},
+        usd=from_pico(summed(*sums[:2])),
+        usd_by_source={source: from_pico(summed(high, low)) for source, high, low in by_source},
         unknown_cost=sums[2],
         unknown_outcomes=unknown[0],
         unknown_rows=unknown_rows,
         first_unknown_rows=[row_index for (row_index,) in first_unknown],
-        unknown_usd=from_pico(_summed(*unknown[1:3])) if not unknown[3] else None,
+        unknown_usd=from_pico(summed(*unknown[1:3])) if not unknown[3] else None,
         prompt_tokens=sums[3],
         completion_tokens=sums[4],
         total_tokens=sums[5],
         cached_tokens=sums[6],
         attempts=sums[7],
         unplaced=unplaced[2],
-        unplaced_usd=from_pico(_summed(*unplaced[:2])),
+        unplaced_usd=from_pico(summed(*unplaced[:2])),
         repairs=repairs,
-        repair_usd=from_pico(_summed(*repair_sums)),
+        repair_usd=from_pico(summed(*repair_sums)),
         reused=reused,
-        saved_usd=from_pico(_summed(*saved)) if not reused_unknown else None,
+        saved_usd=from_pico(summed(*saved)) if not reused_unknown else None,
         failures=[*((kind or "", number, error or "") for kind, number, error in failures),
                   *([faults] if faults[1] else [])],
         flags=dict(sorted(flags.items())),

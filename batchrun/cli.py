@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import difflib
 import os
+import shutil
 import signal
 import sys
+from collections.abc import Iterable
 from contextlib import suppress
 from io import TextIOWrapper
 from math import isfinite
@@ -16,6 +18,7 @@ import click
 
 from batchrun import __version__
 from batchrun.errors import BatchrunError, ExitCode, StorageError
+from batchrun.tables import harmless
 
 # Whatever takes long to import is imported by the command that needs it: `--help` and a refused job are instant.
 
@@ -125,7 +128,7 @@ def check(job: Path, rows: int, offline: bool, as_json: bool) -> None:
     preview = check(load_job(job), os.environ, samples=rows, is_offline=offline)
     for warning in preview.warnings:
         _say(f"warning: {warning}")
-    _print(preview.to_json() if as_json else "\n".join(preview.lines()))
+    _print(preview.to_json() if as_json else _text(preview.lines()))
     if preview.rows and preview.fault_count == preview.rows:
         sys.exit(ExitCode.ROWS_FAILED)
 
@@ -142,7 +145,7 @@ def compare(run_a: str, run_b: str, as_json: bool) -> None:
     from batchrun.compare import compare
 
     found = compare(run_a, run_b)
-    _print(found.to_json() if as_json else "\n".join(found.lines()))
+    _print(found.to_json() if as_json else _text(found.lines()))
 
 
 @cli.command()
@@ -239,7 +242,7 @@ def verify(job: Path, as_json: bool) -> None:
         from batchrun.verify import verify
 
         verdict = verify(loaded)
-    _print(verdict.to_json() if as_json else "\n".join(verdict.lines()))
+    _print(verdict.to_json() if as_json else _text(verdict.lines()))
     sys.exit(ExitCode.ROWS_FAILED if verdict.wrong else ExitCode.OK)
 
 
@@ -270,6 +273,115 @@ def init(data: Path, output: Path | None) -> None:
 
     default = data.parent / f"{data.name.split('.')[0] or 'job'}.yaml"
     _print(str(write_starter(data, output or default)))
+
+
+@cli.command()
+@click.argument("paths", nargs=-1, type=click.Path(path_type=Path), metavar="[PATH…]")
+@click.option(
+    "--by",
+    metavar="KEY",
+    help="Sums by job, model, provider, day, month, or a column of the outputs, such as label.",
+)
+@click.option("--since", metavar="WHEN", help="Runs that began since then: 7d, 24h, 4w, or a date such as 2026-11-01.")
+@click.option("--run", "runs", multiple=True, metavar="ID", help="This run only, by its id or how that begins.")
+@click.option("--top", type=click.IntRange(1, 1000), metavar="N", help="The N costliest rows too.")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["table", "json", "csv", "parquet", "markdown"]),
+    default="table",
+    show_default=True,
+    help="CSV and Parquet hold the runs or, with --by, its groups.",
+)
+@click.option("--output", type=click.Path(path_type=Path), metavar="FILE", help="Write there, not to stdout.")
+@click.option(
+    "--html",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write a page with charts, which needs no network and runs no script.",
+)
+@click.option("--no-content", is_flag=True, help="With --html: leave prompts and answers out.")
+def report(
+    paths: tuple[Path, ...],
+    by: str | None,
+    since: str | None,
+    runs: tuple[str, ...],
+    top: int | None,
+    form: str,
+    output: Path | None,
+    html: Path | None,
+    no_content: bool,
+) -> None:
+    """What every run cost. PATH: a ledger, an output, or a folder of them (outputs, if there is none)."""
+    from batchrun.reporting import make, make_page, write
+
+    if html is not None and (by is not None or output is not None or form != "table"):
+        raise click.UsageError("--html is a report of its own: leave out --by, --format and --output")
+    if no_content and html is None:
+        raise click.UsageError("--no-content is for a page: add --html FILE")
+    if top is not None and form in ("csv", "parquet"):
+        raise click.UsageError(f"--top has no place in --format {form}: use json, table or markdown")
+    if html is not None:
+        page = make_page(paths, since=since, runs=runs, top=top, content=not no_content)
+        for note in page.notes:
+            _say(note)
+        write(html, page.data)
+        _say(f"page: {html}")
+        return
+    made = make(paths, by=by, since=since, runs=runs, top=top, form=form, width=_width() if output is None else None)
+    for note in made.notes:
+        _say(note)
+    if output is not None:
+        write(output, made.data)
+    elif form == "parquet":
+        raise click.UsageError("--format parquet is no text: add --output FILE")
+    else:
+        _print(made.data.decode())
+
+
+def _width() -> int | None:
+    """Of the terminal; None where the output goes elsewhere."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+@cli.command()
+@_JOB
+@click.option("--run", "run_id", metavar="ID", help="A run by its id or how that begins; the newest without.")
+@click.option("--row", type=click.IntRange(1), metavar="N", help="A row of the input, counted from 1.")
+@_AS_JSON
+def show(job: Path, run_id: str | None, row: int | None, as_json: bool) -> None:
+    """Everything that is known of a run, or of one of its rows: prompts, attempts, costs, answers."""
+    from batchrun.job import load_job
+    from batchrun.show import show_row, show_run
+
+    loaded = load_job(job)
+    found = show_run(loaded, run_id) if row is None else show_row(loaded, run_id, row)
+    _print(found.to_json() if as_json else _text(found.lines()))
+
+
+@cli.command()
+@_JOB
+@click.option("--older-than", required=True, metavar="AGE", help="Runs that ended before then: 30d, 4w, or a date.")
+@_AS_JSON
+@_ADOPT
+def prune(job: Path, older_than: str, as_json: bool, adopt_ledger: bool) -> None:
+    """Drop the raw answers of old finished runs from the ledger; every figure stays."""
+    from datetime import UTC, datetime
+
+    from batchrun.job import load_job
+    from batchrun.lock import held
+    from batchrun.moments import moment_of
+
+    before = moment_of(older_than, datetime.now(UTC), "--older-than")
+    loaded = load_job(job)
+    with held(loaded.ledger_path):
+        from batchrun.prune import prune
+
+        found = prune(loaded, before, adopt=adopt_ledger)
+    for line in found.lines():
+        _say(line)
+    if as_json:
+        _print(found.to_json())
 
 
 @cli.command()
@@ -354,9 +466,15 @@ def _terminated(number: int, frame: Any) -> None:
     sys.exit(ExitCode.TERMINATED)
 
 
+def _text(lines: Iterable[str]) -> str:
+    return "\n".join(map(harmless, lines))
+
+
 def _print(data: str) -> None:
     try:
-        click.echo(data)
+        # Not click's echo, which takes escape sequences out of data.
+        sys.stdout.write(f"{data}\n")
+        sys.stdout.flush()
     except BrokenPipeError:
         _mute(sys.stdout)  # whoever read it has seen enough
     except OSError as exc:
@@ -366,7 +484,7 @@ def _print(data: str) -> None:
 def _say(line: str) -> None:
     # Talk that nobody can hear decides nothing.
     with suppress(OSError):
-        click.echo(f"batchrun: {line}", err=True)
+        click.echo(f"batchrun: {harmless(line)}", err=True)
 
 
 def _silent(line: str) -> None:

@@ -184,6 +184,7 @@ def _of_ledger(path: Path, run_id: str) -> Iterator[_Side]:
         if run is None or known is None:
             runs = ", ".join(sorted(ledger.run_ids())[-5:])
             raise JobError(f"{path}: has no run {run_id!r}; its newest are {runs or 'none'}")
+        ledger.refuse_pruned(run, "be compared any more but by the Parquet that it wrote")
         plan = Plan.to_read(job.with_shape_of(known.job), known.endpoint)
         placed = ledger.placed_input(run)
         if placed is None or not plan.is_placed_as(placed):

@@ -70,19 +70,20 @@ def _write_text(path: Path, batches: Iterable[pa.RecordBatch], writer_of: Callab
         raise StorageError(f"{path} cannot be written: {exc.strerror or exc}") from exc
 
 
-class _UnixLines:
+class UnixLines:
     """Ends lines with \\n. Of csv's own line ends only \\r\\n has it put texts with a lone \\r into quotes."""
 
     def __init__(self, fp: IO[str]) -> None:
         self._fp = fp
 
     def write(self, line: str) -> None:
+        """The next line."""
         self._fp.write(f"{line[:-2]}\n")
 
 
 class _CsvWriter:
     def __init__(self, fp: IO[str], names: Sequence[str]) -> None:
-        self._writer = csv.writer(_UnixLines(fp), lineterminator="\r\n")
+        self._writer = csv.writer(UnixLines(fp), lineterminator="\r\n")
         self._writer.writerow(names)
 
     def write(self, batch: pa.RecordBatch) -> None:

@@ -32,6 +32,7 @@ from batchrun.runner import ASKED_AGAIN, NO_ROOM, Runner
 from batchrun.sink import check_writable
 from batchrun.spending import cap_reached, check_cap, open_budget, pricings_of, rows_left
 from batchrun.summary import Summary
+from batchrun.trend import trend_of
 
 _OTHER_FILES = 64
 _OBJECTS_BEFORE_COLLECTION = 20_000
@@ -151,6 +152,7 @@ def _allow_connections(concurrency: int) -> None:
 def _choose_run(ledger: Ledger, options: Options) -> Run:
     last = ledger.last_run()
     if options.retry_failed and last is not None and last.state == "finished":
+        ledger.refuse_pruned(last, "be gone on with any more; without --retry-failed a new run begins")
         ledger.reopen(last)
     return ledger.current_run()
 
@@ -175,6 +177,8 @@ def _announce(context: _Context, rows: int) -> int:
     elif context.plan.job.reuse:
         if ok:
             say(f"{ok} rows are answered by earlier runs, for nothing")
+        if pruned := ledger.pruned_answers(current):
+            say(f"{pruned} rows were answered by runs that have been pruned: they will be asked and paid for again")
     elif context.options.sample is None and (earlier := ledger.earlier_answers(current)) is not None:
         cost = f"about ${usd_text(round(earlier.usd, 6))}" if earlier.usd is not None else "at a cost not known"
         say(
@@ -393,6 +397,7 @@ def _finish(context: _Context, rows: int, ended: _Ended, early: EarlyOutput) -> 
         summary,
         exit_code=exit_code,
         reason=reason,
+        trend=trend_of(ledger, current, summary.totals),
         projection=_projected(summary, ledger, plan.job.concurrency) if is_sample else None,
     )
     if stop is NO_ROOM and plan.job.budget is not None:

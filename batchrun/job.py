@@ -441,6 +441,13 @@ class Job(_Setting):
         """The job as plain JSON values; it holds no secret, since secrets are read from the environment."""
         return self.model_dump(mode="json", by_alias=True, exclude_none=True)
 
+    @classmethod
+    def of_snapshot(cls, snapshot: Mapping[str, Any], path: Path) -> Job:
+        """The job that a snapshot was made of. `path`: of its file, whether that is still there or not."""
+        job = cls.model_validate(snapshot)
+        job._path = path
+        return job
+
     def with_shape_of(self, snapshot: Mapping[str, Any]) -> Job:
         """This job with what shapes the request taken from an earlier snapshot of it."""
         now = self.snapshot()

@@ -16,6 +16,7 @@ import os
 import secrets
 import socket
 import sqlite3
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -34,9 +35,11 @@ from batchrun.ledger_view import (
     NEWEST_IS_FINAL,
     SEAL_MASK,
     SETTLEMENT_COLUMNS,
+    UNPRUNED,
     LedgerView,
     Run,
     attempt_seal,
+    digest,
     everywhere,
     log_of,
     seal,
@@ -295,7 +298,8 @@ class Ledger(LedgerView):
                 for statement in _PLACE.format(run=run.run).split(";"):
                     self._db.execute(statement)
             if reuses:
-                for statement in _REUSE.format(run=run.run).split(";"):
+                unpruned = UNPRUNED if self.is_pruned() else ""
+                for statement in _REUSE.format(run=run.run, unpruned=unpruned).split(";"):
                     self._db.execute(statement)
             if needs_keys:
                 self._db.execute(
@@ -334,7 +338,7 @@ class Ledger(LedgerView):
                         Promise.INTENT_FIRST, "an answer belongs to no attempt that is in flight", self.path
                     )
                 self._db.executemany(
-                    "INSERT INTO answer VALUES (?, ?, ?)",
+                    "INSERT INTO answer (attempt_id, size, body) VALUES (?, ?, ?)",
                     [
                         (
                             settlement.intent.attempt_id,
@@ -387,6 +391,54 @@ class Ledger(LedgerView):
         """Record how often a run gave each label."""
         with self._transaction():
             self._db.execute("UPDATE run SET labels = ? WHERE run = ?", (_json(labels), run.run))
+
+    def prune(self, runs: Sequence[Run]) -> tuple[dict[int, int], int]:
+        """Drop the bodies of the answers of some runs, but for those that other runs have taken.
+
+        What is dropped leaves its digest, by which its attempt can still be told to be unaltered.
+
+        Returns:
+            How many were dropped, by `Run.run`; and how many answers of these runs stay.
+        """
+        numbers = ", ".join(str(run.run) for run in runs)
+        with self._transaction():
+            # First: where this is broken off, nobody takes the run for whole.
+            self._db.execute(f"UPDATE run SET pruned_at = coalesce(pruned_at, ?) WHERE run IN ({numbers})", (now_us(),))
+        self._execute_script(
+            "DROP TABLE IF EXISTS temp.kept; CREATE TEMP TABLE kept (run INTEGER, row_index INTEGER, model TEXT, "
+            "sample INTEGER, key TEXT, PRIMARY KEY (run, row_index, model, sample, key)) WITHOUT ROWID; "
+            "INSERT OR IGNORE INTO temp.kept SELECT source_run, source_row, model, sample, key FROM reused "
+            "WHERE run NOT IN (SELECT run FROM run WHERE pruned_at IS NOT NULL)"
+        )
+        decompress = zstandard.ZstdDecompressor().decompress
+        dropped: Counter[int] = Counter()
+        newest = 0
+        while True:
+            with self._transaction():
+                found = self._db.execute(_TO_PRUNE.format(numbers=numbers), (newest, _PRUNED_AT_ONCE)).fetchall()
+                self._db.executemany(
+                    "UPDATE answer SET digest = ?, body = x'' WHERE attempt_id = ?",
+                    [(digest(decompress(body)), attempt_id) for attempt_id, _, body in found],
+                )
+            if not found:
+                break
+            dropped.update(run for _, run, _ in found)
+            newest = found[-1][0]
+        with self._transaction():
+            # Of these all is there after all.
+            self._db.execute(_UNMARK.format(numbers=numbers))
+        kept = self._value(
+            f"SELECT count(*) FROM attempt JOIN answer USING (attempt_id) WHERE digest IS NULL AND run IN ({numbers})"
+        )
+        return dict(dropped), int(kept)
+
+    def compact(self) -> None:
+        """Give back to the disk what is not used any more, if it is much; takes as much room as is left for a while."""
+        free, pages = (self._value(f"PRAGMA {name}") for name in ("freelist_count", "page_count"))
+        with storage(self.path):
+            if free * _FREE_SHARE > pages:
+                self._db.execute("VACUUM")
+            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def sync(self) -> None:
         """Bring the write-ahead log to the disk: what was committed before survives a power cut."""
@@ -487,7 +539,7 @@ class Ledger(LedgerView):
             held_pico=settlement.held_pico,
             settled_after=settlement.settled_after,
         )
-        sealed = attempt_seal(self._intended(run, settlement.intent), values, settlement.exchange.body)
+        sealed = attempt_seal(self._intended(run, settlement.intent), values, digest(settlement.exchange.body))
         return (*values, sealed, settlement.intent.attempt_id)
 
     def _count(self, run: Run, intents: int, seals: Sequence[int]) -> None:
@@ -535,7 +587,7 @@ class Ledger(LedgerView):
                 values = _outcome(
                     never_came, now_us(), is_final=False, held_pico=None, settled_after=self.newest_attempt
                 )
-                sealed = attempt_seal(intended, values, b"")
+                sealed = attempt_seal(intended, values, digest(b""))
                 self._db.execute(_SETTLE, (*values, sealed, intended[0]))
                 self._count(Run(intended[1], "", 0, "", is_new=False), 0, [sealed])
 
@@ -591,6 +643,24 @@ _SETTLE = f"""
     WHERE attempt_id = ? AND outcome IS NULL
 """
 _FORGET_REPAIR = f"DELETE FROM repair_wanted WHERE {' AND '.join(f'{name} = ?' for name in GROUP_COLUMNS)}"
+_PRUNED_AT_ONCE = 1000
+_FREE_SHARE = 50
+# By the answers in their order: by the attempts of the runs, all of them would be sorted for each batch.
+_TO_PRUNE = """
+    SELECT answer.attempt_id, attempt.run, body FROM answer CROSS JOIN attempt USING (attempt_id)
+    WHERE answer.attempt_id > ? AND attempt.run IN ({numbers}) AND digest IS NULL AND NOT EXISTS (
+        SELECT 1 FROM temp.kept WHERE kept.run = attempt.run AND kept.row_index = attempt.row_index
+        AND kept.model = attempt.model AND kept.sample = attempt.sample AND kept.key = attempt.key)
+    ORDER BY answer.attempt_id LIMIT ?
+"""
+_UNMARK = """
+    UPDATE run SET pruned_at = NULL WHERE run IN ({numbers}) AND NOT EXISTS (
+        SELECT 1 FROM attempt JOIN answer USING (attempt_id) WHERE attempt.run = run.run AND digest IS NOT NULL)
+    AND NOT EXISTS (
+        SELECT 1 FROM reused JOIN attempt ON attempt.run = source_run AND attempt.row_index = source_row
+            AND attempt.model = reused.model AND attempt.sample = reused.sample AND attempt.key = reused.key
+        JOIN answer USING (attempt_id) WHERE reused.run = run.run AND digest IS NOT NULL)
+"""
 _ORPHANED = "the process ended before an answer came"
 
 # Groups whose row asks for another key now, each given a row that asks for its key and has no answer: answered groups
@@ -652,6 +722,7 @@ _REUSE = """
             SELECT attempt.key, attempt.sample, max(attempt_id), attempt.run, attempt.row_index
             FROM attempt WHERE outcome = 'ok' AND EXISTS (
                 SELECT 1 FROM temp.wanting WHERE wanting.key = attempt.key AND wanting.sample = attempt.sample)
+                {unpruned}
             GROUP BY attempt.key, attempt.sample
         ) AS found JOIN temp.wanting USING (key, sample);
     INSERT OR IGNORE INTO reused

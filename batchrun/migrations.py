@@ -177,6 +177,10 @@ _MIGRATIONS: tuple[str, ...] = (
         PRIMARY KEY (run, row_index, model, sample)
     ) STRICT, WITHOUT ROWID;
     """,
+    """
+    ALTER TABLE run ADD COLUMN pruned_at INTEGER;   -- when bodies of its answers were dropped; null: they are there
+    ALTER TABLE answer ADD COLUMN digest TEXT;      -- of a body that was dropped, for the attempt's seal
+    """,
 )
 
 

@@ -188,6 +188,7 @@ def export(
                 f"there is nothing to export: no run of this job has got as far as its input ({ledger.path})"
             )
         run, known = found
+        ledger.refuse_pruned(run, "be exported any more")
         shaped = job.with_shape_of(known.job)
         repriced = _reprice(shaped, environ, ledger, run, is_offline, say) if reprices else None
         summary = rewrite(job, ledger, run, known, to, columns)
@@ -203,6 +204,7 @@ def rewrite(
     columns: Sequence[str] | None = None,
 ) -> Summary:
     """Write the output of a run, or some columns of it to another file, from what the ledger holds of it."""
+    ledger.refuse_pruned(run, "be exported any more")
     plan = Plan.to_read(job.with_shape_of(known.job), known.endpoint)
     output = plan.output_path(run)
     if to is not None:

@@ -27,6 +27,7 @@ from batchrun.ledger_view import (
     SEAL_MASK,
     SETTLEMENT_COLUMNS,
     attempt_seal,
+    digest,
     log_of,
     same_group,
     seal,
@@ -237,7 +238,7 @@ class _Damaged:
             row: _Row | None = self._db.execute("SELECT * FROM answer WHERE attempt_id = ?", (attempt_id,)).fetchone()
         except sqlite3.DatabaseError:
             return None
-        return row if row is not None and _body(row) is not None else None
+        return row if row is not None and (row.get("digest") or _body(row) is not None) else None
 
     def _between(self, table: str, start: int, stop: int) -> Iterator[_Row]:
         try:
@@ -350,7 +351,8 @@ class _Attempts:
         newest = max((number for number, run in self.runs.items() if run["attempts"]), default=0)
         for number, run in self.runs.items():
             if number in self._lost_in:
-                run["state"] = "open" if number == newest else "abandoned"
+                is_open = number == newest and run.get("pruned_at") is None
+                run["state"] = "open" if is_open else "abandoned"
             elif number > newest and newest in self._lost_in:
                 run["state"] = "abandoned"  # it has sent nothing, and must not stand before the one to be gone on with
         return self._saved
@@ -376,6 +378,8 @@ class _Attempts:
             _put(self._db, "answer", answer)
         self._stand_in(attempt)
         run = self.runs[attempt["run"]]
+        if answer is not None and answer.get("digest"):
+            run["pruned_at"] = run.get("pruned_at") or now_us()
         run["attempts"] += 1
         run["settled"] += attempt["outcome"] is not None
         run["seals"] = (run["seals"] + (attempt["seal"] or 0)) & SEAL_MASK
@@ -424,9 +428,11 @@ def _is_altered(attempt: _Row, answer: _Row | None) -> bool:
 
 
 def _sealed(attempt: _Row, answer: _Row | None) -> int:
-    body = (_body(answer) or b"") if answer is not None else b""
+    answered = digest(b"")
+    if answer is not None:
+        answered = answer.get("digest") or digest(_body(answer) or b"")
     intended, settled = ([attempt[name] for name in columns] for columns in (INTENT_COLUMNS, SETTLEMENT_COLUMNS))
-    return attempt_seal(intended, settled, body)
+    return attempt_seal(intended, settled, answered)
 
 
 def _body(answer: _Row) -> bytes | None:

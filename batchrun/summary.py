@@ -12,6 +12,7 @@ from batchrun.money import usd_text
 from batchrun.projection import Projection
 from batchrun.records import Totals
 from batchrun.tables import shown
+from batchrun.trend import Trend
 
 _SHOWN_LABELS = 12
 # What the price library says is an estimate, and never shown without the word.
@@ -53,6 +54,8 @@ class Summary:
     """How often each label was given."""
     evaluation: dict[str, Any] | None = None
     evaluation_lines: list[str] = field(default_factory=list)
+    trend: Trend | None = None
+    """Beside the run before; None at the first."""
     warnings: list[str] = field(default_factory=list)
     advice: str | None = None
     """What would make the failed rows succeed, where the provider tells."""
@@ -80,7 +83,7 @@ class Summary:
             "reason": self.reason,
             "usd_spent": totals.usd,
             "usd_by_source": totals.usd_by_source,
-            "unknown_cost_attempts": totals.unknown_cost,
+            "unknown_attempts": totals.unknown_cost,
             "unknown_outcomes": totals.unknown_outcomes,
             "unknown_rows": totals.unknown_rows,
             "unknown_usd_at_most": totals.unknown_usd,
@@ -111,6 +114,7 @@ class Summary:
                 {"kind": kind, "rows": rows, "example": example} for kind, rows, example in self.totals.failures
             ],
             "first_unknown_rows": [row_index + 1 for row_index in self.totals.first_unknown_rows],
+            "previous": self.trend.document() if self.trend is not None else None,
             "projection": self.projection.document() if self.projection is not None else None,
             "advice": self.advice,
             "warnings": self.warnings,
@@ -134,6 +138,8 @@ class Summary:
             f"{totals.completion_tokens} completion, {totals.total_tokens} total",
             f"spent: ${usd_text(totals.usd)}{self._sources()}",
         ]
+        if self.trend is not None:
+            lines.append(self.trend.line())
         if totals.repairs:
             lines.append(f"repairs: {totals.repairs} attempts, ${usd_text(totals.repair_usd)} of the amount above")
         if totals.reused:

@@ -7,6 +7,7 @@ from unicodedata import combining, east_asian_width
 
 WIDTH = 100
 """Columns of a terminal that a table may take."""
+_JOINERS = "\u200c\u200d"  # of Persian words and of emoji
 
 
 def shown(text: str, width: int = WIDTH) -> str:
@@ -15,12 +16,25 @@ def shown(text: str, width: int = WIDTH) -> str:
     >>> shown("positive", 5), shown("a\\nb"), shown("日本", 3)
     ('posi…', 'a�b', '日…')
     """
-    clean = "".join(char if char.isprintable() else "\ufffd" for char in text[: 8 * width])
+    clean = _plain(text[: 8 * width])
     if columns(clean) <= width:
         return clean
     while columns(clean) >= width:
         clean = clean[:-1]
     return clean + "…"
+
+
+def harmless(text: str) -> str:
+    r"""Lines without what a terminal would obey.
+
+    >>> harmless("a\tb\nc\x1b[2J")
+    'a       b\nc�[2J'
+    """
+    return "\n".join(_plain(line.expandtabs()) for line in text.split("\n"))
+
+
+def _plain(line: str) -> str:
+    return "".join(char if char.isprintable() or char in _JOINERS else "\ufffd" for char in line)
 
 
 def columns(text: str) -> int:

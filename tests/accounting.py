@@ -39,7 +39,7 @@ def assert_reconciled(work: Workspace, provider: FakeProvider) -> None:
         Decimal(0),
     )
     assert provider.bill - total == unknown + apart
-    assert manifest["unknown_cost_attempts"] == sum(usd is None for usd, _ in ours.values())
+    assert manifest["unknown_attempts"] == sum(usd is None for usd, _ in ours.values())
 
 
 def taken(work: Workspace) -> Decimal:

@@ -9,13 +9,26 @@ PACKAGE = Path(__file__).parent.parent / "batchrun"
 
 FLOORS = [
     {"errors", "usage", "sse", "columns", "uniqueness", "documents", "folders", "form", "inflate", "scrub"}
-    | {"sandbox", "tables", "evidence", "spill"},
-    {"money", "providers", "jobfile", "lock", "migrations", "casts", "textfile", "jsonl", "scores", "intervals"}
+    | {"sandbox", "tables", "evidence", "spill", "palette"},
+    {
+        "money",
+        "moments",
+        "providers",
+        "jobfile",
+        "report_places",
+        "lock",
+        "migrations",
+        "casts",
+        "textfile",
+        "jsonl",
+        "scores",
+        "intervals",
+    }
     | {"tolerant", "plain"},
-    {"records", "job", "prices", "projection", "fetch", "bill", "confusion", "labels"},
+    {"records", "job", "prices", "projection", "fetch", "bill", "confusion", "labels", "page_text"},
     {"failures", "ledger_view", "transport", "files", "shapes"},
-    {"wire", "accounts", "schemas"},
-    {"structure"},
+    {"wire", "accounts", "schemas", "spend", "spend_details"},
+    {"structure", "trend"},
     {
         "source",
         "template",
@@ -39,12 +52,17 @@ FLOORS = [
         "evaluate",
         "comparison",
     },
-    {"derive", "exports", "journal"},
+    {"derive", "exports", "journal", "report"},
+    {"report_formats", "report_groups", "report_figures"},
+    {"report_charts"},
+    {"report_drawn"},
+    {"report_page"},
     {"runner", "starter", "reviews", "salvage"},
     {"plan"},
     {"spending"},
     {"delivery"},
-    {"invocation", "offline", "reconcile", "verify", "compare"},
+    {"lookup"},
+    {"invocation", "offline", "reconcile", "verify", "compare", "reporting", "show", "prune"},
     {"cli"},
     {"__main__"},
 ]
@@ -85,11 +103,13 @@ def test_only_one_room_knows_each_outside_thing() -> None:
         "tenacity": {"retry", "provider_log"},
         "click": {"cli"},
         "tqdm": {"progress"},
-        "xllamacpp": {"local"}, "jinja2": {"template", "sandbox"}, "ruamel": {"jobfile"}, "filelock": {"lock"},
+        "xllamacpp": {"local"}, "jinja2": {"template", "sandbox", "report_page"}, "ruamel": {"jobfile"},
+        "filelock": {"lock"},
         "sqlite3": {"ledger", "ledger_view", "migrations", "uniqueness", "salvage", "spill"},
-        "zstandard": {"ledger", "ledger_view", "verify", "salvage"},
+        "zstandard": {"ledger", "ledger_view", "verify", "salvage", "lookup"},
         "genai_prices": {"price_sources"},
         "sklearn": {"intervals"}, "scipy": {"intervals"}, "numpy": {"intervals"}, "regex": {"scores"},
+        "altair": {"report_charts"}, "vl_convert": {"report_charts"},
         "json_repair": {"tolerant"}, "jsonschema_rs": {"schemas"},
     }  # fmt: skip
     users: dict[str, set[str]] = {name: set() for name in owners}

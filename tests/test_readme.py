@@ -64,6 +64,15 @@ def test_every_command_is_in_the_readme() -> None:
         "--settle-after",
         "--to",
         "--columns",
+        "--by",
+        "--since",
+        "--run",
+        "--top",
+        "--format",
+        "--html",
+        "--no-content",
+        "--row",
+        "--older-than",
     ):
         assert option in commands
 

@@ -60,7 +60,7 @@ def test_unknown_cost_is_null_and_counted(work: Workspace, provide: Provide) -> 
     result = work.run("--json")
     assert [row["usd_spent"] for row in work.rows()] == [None, None]
     assert [row["unknown_attempts"] for row in work.rows()] == [1, 1]
-    assert result.json["unknown_cost_attempts"] == 2
+    assert result.json["unknown_attempts"] == 2
     assert result.json["usd_spent"] == 0
     assert "2 attempts whose cost nobody reported" in result.stderr
 

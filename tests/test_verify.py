@@ -227,7 +227,9 @@ def test_a_ledger_of_the_first_version_is_brought_up_to_date(done: Workspace) ->
                        "repair_key")),
         *(f"ALTER TABLE owner DROP COLUMN {name}" for name in ("runs", "amendments")),
         "ALTER TABLE invocation DROP COLUMN seal",
-        *(f"ALTER TABLE run DROP COLUMN {name}" for name in ("attempts", "settled", "seals", "is_written", "labels")),
+        *(f"ALTER TABLE run DROP COLUMN {name}" for name in ("attempts", "settled", "seals", "is_written", "labels",
+                                                          "pruned_at")),
+        "ALTER TABLE answer DROP COLUMN digest",
         "PRAGMA user_version = 1",
     ]  # fmt: skip
     db = sqlite3.connect(done.ledger)
