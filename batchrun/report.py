@@ -32,7 +32,8 @@ from batchrun.sink import manifest_of
 from batchrun.spend import Part, RunSpend, read_ledger, share
 
 RATIOS = ("usd_per_1000_rows", "usd_per_ok_row", "rows_per_second")
-RUN_COLUMNS = (*(one.name for one in dataclasses.fields(RunSpend)), *RATIOS, "change", "ledger", "output", "evaluation")
+_FIGURES = (*(one.name for one in dataclasses.fields(RunSpend)), *RATIOS)
+RUN_COLUMNS = (*_FIGURES, "change", "ledger", "output", "evaluation")
 SPEND_COLUMNS = ("job", *(one.name for one in dataclasses.fields(Part)))
 
 
@@ -231,8 +232,7 @@ def _runs_frame(found: Sequence[_Found]) -> pd.DataFrame:
         history = (run.job, one.ledger)
         cost, earlier = run.usd_per_1000_rows, before.get(history)
         rows.append({
-            **{name: getattr(run, name) for name in RUN_COLUMNS[: -len(RATIOS) - 4]},
-            **{name: getattr(run, name) for name in RATIOS},
+            **{name: getattr(run, name) for name in _FIGURES},
             "change": float(cost / earlier - 1) if cost is not None and earlier else None,
             "ledger": str(one.ledger) if one.ledger is not None else None,
             "output": str(one.output) if one.output is not None else None,

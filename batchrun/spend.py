@@ -188,13 +188,18 @@ def worked_seconds(ledger: LedgerView, run: Run) -> float:
 
 def _read(ledger: LedgerView, number: int | None) -> Spend:
     known = _known(ledger, number)
-    parts = _parts(ledger, known)
     # What a day or a month has taken, all runs have taken together.
     needs_all = number is not None and any(_cap(one).get("per") in ("day", "month") for one in known)
-    all_parts = _parts(ledger, _known(ledger, None)) if needs_all else parts
+    by_run: dict[str, list[Part]] = {one.run.run_id: [] for one in known}
+    held: dict[date, Decimal] = {}
+    for part in _parts(ledger, _known(ledger, None) if needs_all else known):
+        held[part.day] = held.get(part.day, Decimal(0)) + part.usd_held
+        if part.run_id in by_run:
+            by_run[part.run_id].append(part)
     reused = _reused(ledger, number)
     ((job,),) = ledger.rows("SELECT job_name FROM owner")
-    return Spend([_run_spend(ledger, str(job), one, parts, all_parts, reused) for one in known], parts)
+    runs = [_run_spend(ledger, str(job), one, by_run[one.run.run_id], held, reused) for one in known]
+    return Spend(runs, [part for parts in by_run.values() for part in parts])
 
 
 def _known(ledger: LedgerView, number: int | None) -> list[_Known]:
@@ -300,12 +305,11 @@ def _run_spend(
     ledger: LedgerView,
     job: str,
     known: _Known,
-    parts: Sequence[Part],
-    all_parts: Sequence[Part],
+    sent: Sequence[Part],
+    held: dict[date, Decimal],
     reused: dict[int, int],
 ) -> RunSpend:
     run = known.run
-    sent = [part for part in parts if part.run_id == run.run_id]
     own = [part for part in sent if part.outcome != IN_FLIGHT]
     under_way = [part for part in sent if part.outcome == IN_FLIGHT]
     newest = known.invocations[-1] if known.invocations else None
@@ -345,7 +349,7 @@ def _run_spend(
         usd_wasted=sum((part.usd_spent for part in own if part.outcome != "ok" or part.is_repair), Decimal(0)),
         budget_usd=from_pico(to_pico(Decimal(str(budget["usd"])))) if "usd" in budget else None,
         budget_per=budget.get("per"),
-        budget_used=_used(budget.get("per"), known, sent, all_parts) if budget else None,
+        budget_used=_used(budget.get("per"), known, sent, held) if budget else None,
     )
 
 
@@ -354,16 +358,16 @@ def _at_most(parts: Sequence[Part]) -> Decimal | None:
     return sum((one for one in most if one is not None), Decimal(0)) if None not in most else None
 
 
-def _used(per: str | None, known: _Known, sent: Sequence[Part], all_parts: Sequence[Part]) -> Decimal:
+def _used(per: str | None, known: _Known, sent: Sequence[Part], held: dict[date, Decimal]) -> Decimal:
     if per not in ("day", "month"):
         return sum((part.usd_held for part in sent), Decimal(0))
     ends = [_moment(one.end).date() for one in known.invocations]
     last = max([part.day for part in sent] or ends or [_moment(known.run.started_at).date()])
     in_time = [
-        part for part in all_parts
-        if part.day == last or (per == "month" and (part.day.year, part.day.month) == (last.year, last.month))
+        usd for day, usd in held.items()
+        if day == last or (per == "month" and (day.year, day.month) == (last.year, last.month))
     ]  # fmt: skip
-    return sum((part.usd_held for part in in_time), Decimal(0))
+    return sum(in_time, Decimal(0))
 
 
 def _provider(job: dict[str, Any]) -> str:
