@@ -100,6 +100,8 @@ class Compared(NamedTuple):
     """Until it was over; None if that is not known."""
     theirs: Decimal | None
     """None if the log has no line of it."""
+    is_elsewhere: bool = False
+    """It was sent to another endpoint than the log is of."""
 
 
 def unreconciled_since(ledger: LedgerView) -> int | None:
@@ -111,27 +113,32 @@ def unreconciled_since(ledger: LedgerView) -> int | None:
     return since
 
 
-def compared(ledger: LedgerView, since: int) -> Iterator[Compared]:
+def compared(ledger: LedgerView, since: int, endpoint: str) -> Iterator[Compared]:
     """Attempts since a moment whose cost is not known, or that the log has; after `Ledger.take_billed`.
+
+    Args:
+        endpoint: identity of the one that the log is of.
 
     They are as they were when this was called, whatever is corrected while they are drawn.
     """
     ledger.rows("DROP TABLE IF EXISTS temp.compared")
     ledger.rows(
         "CREATE TEMP TABLE compared AS SELECT attempt_id, run, row_index, client_request_id, charged.usd_pico, "
-        "cost_source, origin, reserved_pico, sent_at, latency_us, theirs FROM charged LEFT JOIN (SELECT attempt_id, "
+        "cost_source, origin, reserved_pico, sent_at, latency_us, theirs, "
+        "invocation NOT IN (SELECT invocation FROM invocation WHERE endpoint = ?) AS elsewhere "
+        "FROM charged LEFT JOIN (SELECT attempt_id, "
         "client_request_id, sum(usd_pico) AS theirs FROM temp.billed GROUP BY attempt_id, client_request_id) "
         "USING (attempt_id, client_request_id) "
         "WHERE sent_at >= ? AND (charged.usd_pico IS NULL OR theirs IS NOT NULL) ORDER BY attempt_id",
-        (since,),
+        (endpoint, since),
     )
-    for *named, ours, cost_source, origin, reserved, sent_at, latency_us, theirs in ledger.each(
+    for *named, ours, cost_source, origin, reserved, sent_at, latency_us, theirs, is_elsewhere in ledger.each(
         "SELECT * FROM temp.compared"
     ):
         attempt_id, run, row_index, client_request_id = named
         yield Compared(
             attempt_id, run, row_index, client_request_id, _usd(ours), cost_source, origin, _usd(reserved), sent_at,
-            seconds(latency_us), _usd(theirs),
+            seconds(latency_us), _usd(theirs), bool(is_elsewhere),
         )  # fmt: skip
 
 

@@ -7,18 +7,23 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from io import TextIOWrapper
 from math import isfinite
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 import click
 
 from batchrun import __version__
-from batchrun.errors import BatchrunError, ExitCode, StorageError
+from batchrun.errors import BatchrunError, ExitCode, JobError, StorageError, exit_code_of
+from batchrun.money import exact_json
 from batchrun.tables import harmless
+
+if TYPE_CHECKING:
+    from batchrun.job import Job
+    from batchrun.progress import Watcher
 
 # Whatever takes long to import is imported by the command that needs it: `--help` and a refused job are instant.
 
@@ -28,7 +33,7 @@ Exit codes:
   1    finished; some rows failed or did not parse, or the input changed while the run
        was going on
   2    the job, its input or the command line is wrong; nothing was sent
-  3    stopped by the job's budget or its max_error_rate; what was done is kept
+  3    stopped by the job's budget, deadline or max_error_rate; what was done is kept
   4    the provider refused the account, or the first 20 rows in the same words, or cannot
        be reached; what was done is kept
   5    another process holds this job's ledger
@@ -67,6 +72,61 @@ _ADOPT = click.option(
 )
 _AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object on stdout.")
 _JOB = click.argument("job", type=click.Path(path_type=Path), metavar="JOB")
+_SETTINGS = (
+    click.option(
+        "--set", "assignments", multiple=True, metavar="KEY=VALUE",
+        help="Another value for a key of the job, such as parameters.temperature=0.2; paths as in the job file.",
+    ),
+    click.option("--model", metavar="ID", help="Another model."),
+    click.option("--limit", type=click.IntRange(0), metavar="N", help="The first N rows of the input only."),
+    click.option("--input", "input_path", metavar="PATH", help="Another input; relative to where you are."),
+    click.option("--output", "output_path", metavar="PATH", help="Another output, likewise; the ledger stays."),
+)  # fmt: skip
+
+
+def _overridable(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in reversed(_SETTINGS):
+        command = option(command)
+    return command
+
+
+def _overrides(
+    assignments: Sequence[str],
+    model: str | None,
+    limit: int | None,
+    input_path: str | None,
+    output_path: str | None,
+    deadline: str | None = None,
+) -> dict[str, Any]:
+    from batchrun.overrides import read
+
+    found = read(assignments)
+    named = {
+        "model": model,
+        "input.limit": limit,
+        "input.path": _from_here(input_path),
+        "output.path": _from_here(output_path, is_template=True),
+        "deadline": deadline,
+    }
+    for key, value in named.items():
+        if value is not None:
+            if key in found:
+                raise JobError(f"{key} is set twice")
+            found[key] = value
+    return found
+
+
+def _from_here(path: str | None, *, is_template: bool = False) -> str | None:
+    """A path of the command line, absolute: those of a job are relative to its file."""
+    if path is None:
+        return None
+    try:
+        here = str(Path.cwd())
+    except OSError as exc:
+        raise JobError(f"{path}: the folder that you are in is gone") from exc
+    if is_template:
+        here = here.replace("{", "{{").replace("}", "}}")
+    return str(Path(here, path))
 
 
 @click.group(
@@ -90,27 +150,86 @@ def cli() -> None:
     metavar="N",
     help="Ask N random rows only, and project what the whole run will take; the next call goes on with it.",
 )
+@click.option(
+    "--if-running",
+    default="fail",
+    show_default=True,
+    metavar="fail|skip|wait[=SECONDS]",
+    help="While another process runs the job: exit 5, exit 0 with a line, or wait for it.",
+)
+@click.option(
+    "--new", is_flag=True, help="Begin a new run; an unfinished one is abandoned, and its money still counts."
+)
+@click.option("--max-age", metavar="AGE", help="Likewise if the unfinished run began longer ago: 24h, 90m, 7d.")
+@click.option(
+    "--deadline",
+    metavar="WHEN",
+    help="Ask no more rows in time to be done by then, and exit 3: 2h, 90m, 06:00, 2026-11-01T06:00.",
+)
+@_overridable
 @_AS_JSON
 @click.option("--quiet", "-q", is_flag=True, help="No progress and no summary on stderr; errors only.")
 @_ADOPT
-def run(job: Path, retry_failed: bool, sample: int | None, as_json: bool, quiet: bool, adopt_ledger: bool) -> None:
+def run(
+    job: Path,
+    retry_failed: bool,
+    sample: int | None,
+    if_running: str,
+    new: bool,
+    max_age: str | None,
+    as_json: bool,
+    quiet: bool,
+    adopt_ledger: bool,
+    **settings: Any,
+) -> None:
     """Run a job, or go on with its unfinished run (the default command)."""
-    from batchrun.job import load_job
-    from batchrun.lock import held
+    from batchrun.loading import load_job
+    from batchrun.moments import age_of
+    from batchrun.options import Options, Overlap
+    from batchrun.outcome import Surroundings, carry_out, failed
 
-    loaded = load_job(job)
-    with held(loaded.ledger_path):
-        from batchrun.invocation import Options, run
-
-        summary = run(
-            loaded,
-            Options(retry_failed=retry_failed, adopt_ledger=adopt_ledger, sample=sample),
-            os.environ,
-            say=_silent if quiet else _say,
-            stream=None if quiet else sys.stderr,
+    loaded: Job | None = None
+    try:
+        options = Options(
+            Overlap.of(if_running),
+            retry_failed=retry_failed,
+            adopt_ledger=adopt_ledger,
+            sample=sample,
+            is_new=new,
+            max_age=age_of(max_age, "--max-age") if max_age is not None else None,
         )
-    _show(summary, as_json, quiet)
-    sys.exit(summary.exit_code)
+        loaded = load_job(job, _overrides(**settings))
+        around = Surroundings(
+            say=_silent if quiet else _say,
+            warn=_say,
+            environ=os.environ,
+            watch=None if quiet else _progress,
+            output=sys.stderr,
+            begin=_begin,
+        )
+        outcome = carry_out(loaded, options, around)
+    except BaseException as exc:
+        if as_json:
+            _print(exact_json(failed(exc, loaded)))
+        raise
+    if outcome.summary is None:
+        if as_json:
+            _print(exact_json(outcome.document))
+    else:
+        _show(outcome.summary, as_json, quiet, outcome.document)
+    sys.exit(outcome.exit_code)
+
+
+def _begin() -> None:
+    from batchrun.invocation import calm_collector
+
+    calm_collector()
+
+
+def _progress(**figures: Any) -> Watcher:
+    from batchrun.progress import Progress
+
+    return Progress(sys.stderr, **figures)
 
 
 @cli.command()
@@ -119,13 +238,14 @@ def run(job: Path, retry_failed: bool, sample: int | None, as_json: bool, quiet:
     "--rows", default=3, show_default=True, type=click.IntRange(0, 1_000_000), help="How many rendered prompts to show."
 )
 @click.option("--offline", is_flag=True, help="Do not ask for the provider's price list.")
+@_overridable
 @_AS_JSON
-def check(job: Path, rows: int, offline: bool, as_json: bool) -> None:
+def check(job: Path, rows: int, offline: bool, as_json: bool, **settings: Any) -> None:
     """Validate a job, show its first prompts, count its rows and estimate its cost; sends no prompt."""
-    from batchrun.job import load_job
+    from batchrun.loading import load_job
     from batchrun.offline import check
 
-    preview = check(load_job(job), os.environ, samples=rows, is_offline=offline)
+    preview = check(load_job(job, _overrides(**settings)), os.environ, samples=rows, is_offline=offline)
     for warning in preview.warnings:
         _say(f"warning: {warning}")
     _print(preview.to_json() if as_json else _text(preview.lines()))
@@ -173,7 +293,7 @@ def export(
     adopt_ledger: bool,
 ) -> None:
     """Write the Parquet of the newest run again, or another file, from the ledger, for nothing."""
-    from batchrun.job import load_job
+    from batchrun.loading import load_job
     from batchrun.lock import held
 
     if columns is not None and to is None:
@@ -205,7 +325,7 @@ def export(
 @_AS_JSON
 def reconcile(job: Path, settle_after: float, as_json: bool) -> None:
     """Settle unknown outcomes by the provider's own log, and compare the two bills (AI/ML API)."""
-    from batchrun.job import load_job
+    from batchrun.loading import load_job
     from batchrun.lock import held
 
     if not isfinite(settle_after):
@@ -234,7 +354,7 @@ def reconcile(job: Path, settle_after: float, as_json: bool) -> None:
 @_AS_JSON
 def verify(job: Path, as_json: bool) -> None:
     """Prove offline that ledger and Parquet agree to the last digit; exit 1 with a list of what does not."""
-    from batchrun.job import load_job
+    from batchrun.loading import load_job
     from batchrun.lock import held
 
     loaded = load_job(job)
@@ -251,7 +371,7 @@ def verify(job: Path, as_json: bool) -> None:
 @_ADOPT
 def salvage(job: Path, adopt_ledger: bool) -> None:
     """Put a whole ledger in the place of a damaged one, with all of it that can be read; exit 1 if some is lost."""
-    from batchrun.job import load_job
+    from batchrun.loading import load_job
     from batchrun.lock import held
 
     loaded = load_job(job)
@@ -351,7 +471,7 @@ def _width() -> int | None:
 @_AS_JSON
 def show(job: Path, run_id: str | None, row: int | None, as_json: bool) -> None:
     """Everything that is known of a run, or of one of its rows: prompts, attempts, costs, answers."""
-    from batchrun.job import load_job
+    from batchrun.loading import load_job
     from batchrun.show import show_row, show_run
 
     loaded = load_job(job)
@@ -368,7 +488,7 @@ def prune(job: Path, older_than: str, as_json: bool, adopt_ledger: bool) -> None
     """Drop the raw answers of old finished runs from the ledger; every figure stays."""
     from datetime import UTC, datetime
 
-    from batchrun.job import load_job
+    from batchrun.loading import load_job
     from batchrun.lock import held
     from batchrun.moments import moment_of
 
@@ -389,7 +509,7 @@ def schema() -> None:
     """Print the JSON Schema of a job file; editors complete and check from it."""
     import json
 
-    from batchrun.job import json_schema
+    from batchrun.loading import json_schema
 
     _print(json.dumps(json_schema(), indent=2, ensure_ascii=False))
 
@@ -408,6 +528,11 @@ def main() -> None:
         _leave(ExitCode.WRONG_JOB)
     except click.ClickException as exc:
         exc.show()
+        context = exc.ctx if isinstance(exc, click.UsageError) else None
+        if "--json" in sys.argv and context is not None and context.info_name == "run":
+            from batchrun.outcome import failed
+
+            _print(exact_json(failed(JobError(exc.format_message()))))
         _leave(ExitCode.WRONG_JOB)
     except (KeyboardInterrupt, click.Abort):
         _say("interrupted; run again to go on")
@@ -419,7 +544,7 @@ def main() -> None:
         _leave(exc.exit_code)
     except OSError as exc:
         _say(f"{exc.filename}: {exc.strerror}" if exc.filename else str(exc))
-        _leave(ExitCode.STORAGE)
+        _leave(exit_code_of(exc))
     except Exception:  # noqa: BLE001 - whatever is left is a bug, and must not look like failed rows
         import traceback
 
@@ -491,9 +616,9 @@ def _silent(line: str) -> None:
     """--quiet."""
 
 
-def _show(summary: Any, as_json: bool, quiet: bool) -> None:
+def _show(summary: Any, as_json: bool, quiet: bool, document: dict[str, Any] | None = None) -> None:
     if not quiet:
         for line in summary.lines():
             _say(line)
     if as_json:
-        _print(summary.to_json())
+        _print(exact_json(document) if document is not None else summary.to_json())

@@ -17,13 +17,13 @@ from batchrun.delivery import expected_batches, results_of
 from batchrun.derive import columns_of
 from batchrun.errors import JobError, StorageError
 from batchrun.intervals import require
-from batchrun.job import load_job
 from batchrun.ledger_view import LedgerView
+from batchrun.loading import load_job
+from batchrun.money import exact_json
 from batchrun.plain import plain_column
 from batchrun.plan import Plan
 from batchrun.sink import manifest_of
 from batchrun.spill import Spill
-from batchrun.summary import exact_json
 
 
 class _Row(NamedTuple):

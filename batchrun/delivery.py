@@ -17,10 +17,10 @@ from batchrun.derive import Derivation, columns_of
 from batchrun.errors import BrokenPromiseError, ExitCode, Promise
 from batchrun.exports import write_table
 from batchrun.ledger_view import LedgerView, Run
-from batchrun.money import usd_text
+from batchrun.money import exact_json, usd_text
 from batchrun.plan import Plan
 from batchrun.spending import over_cap
-from batchrun.summary import Summary, exact_json
+from batchrun.summary import Summary
 
 _PIECE_BYTES = 32 * 1024 * 1024
 

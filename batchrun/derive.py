@@ -15,11 +15,12 @@ from batchrun.columns import build
 from batchrun.errors import JobError, listed
 from batchrun.evaluate import UNANSWERED, Evaluation, Evaluator
 from batchrun.intervals import require
-from batchrun.job import EvaluateSetting, Job
+from batchrun.job import Job
 from batchrun.money import from_pico
 from batchrun.plain import plain_column
 from batchrun.records import Outcome, RowSlots
 from batchrun.scores import score_names, vote
+from batchrun.settings import EvaluateSetting
 from batchrun.shapes import Choice, Shape
 from batchrun.structure import Parsed, Structure
 

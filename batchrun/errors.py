@@ -89,6 +89,20 @@ class StorageError(BatchrunError):
     exit_code = ExitCode.STORAGE
 
 
+def exit_code_of(exc: BaseException | None) -> ExitCode:
+    """What the process exits with that an exception ends."""
+    match exc:
+        case BatchrunError():
+            return exc.exit_code
+        case KeyboardInterrupt():
+            return ExitCode.INTERRUPTED
+        case SystemExit():
+            return ExitCode.TERMINATED
+        case OSError():
+            return ExitCode.STORAGE
+    return ExitCode.BUG
+
+
 @dataclass(frozen=True)
 class Stop:
     """Why a run stopped before its rows were all settled."""

@@ -10,44 +10,39 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
-from typing import IO, Any
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 from batchrun import accounts, local
+from batchrun.announce import Before, announce
 from batchrun.breaker import ErrorRate, looked_at
 from batchrun.budget import Budget
 from batchrun.delivery import EarlyOutput, summarise, with_derived, write_output
 from batchrun.derive import shift
-from batchrun.errors import BatchrunError, BrokenPromiseError, ExitCode, JobError, Promise, Stop, StorageError
+from batchrun.errors import BrokenPromiseError, ExitCode, JobError, Promise, Stop, StorageError, exit_code_of
 from batchrun.job import Job
 from batchrun.ledger import Ledger
 from batchrun.ledger_view import Run, known_input
 from batchrun.money import usd_text
+from batchrun.options import Options
 from batchrun.plan import Plan, place
 from batchrun.prices import Pricing
-from batchrun.progress import Progress
+from batchrun.progress import Watch, Watcher
 from batchrun.projection import Projection, project
 from batchrun.rates import Rates
-from batchrun.records import Request
+from batchrun.records import Request, now_us
 from batchrun.runner import ASKED_AGAIN, NO_ROOM, Runner
-from batchrun.sink import check_writable
+from batchrun.sink import check_writable, manifest_of
 from batchrun.spending import cap_reached, check_cap, open_budget, pricings_of, rows_left
+from batchrun.stopper import Stopper
 from batchrun.summary import Summary
 from batchrun.trend import trend_of
 
 _OTHER_FILES = 64
 _OBJECTS_BEFORE_COLLECTION = 20_000
+_EVER = 2**62
 _BROKEN = (ExitCode.STORAGE, ExitCode.BUG)
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the command line sets for one invocation."""
-
-    retry_failed: bool = False
-    adopt_ledger: bool = False
-    sample: int | None = None
-    """Ask so many random rows only."""
 
 
 @dataclass(frozen=True)
@@ -61,16 +56,6 @@ class _Ended:
 
 
 @dataclass(frozen=True)
-class _Before:
-    """The newest run that was placed before the invocation began: the one that goes on, or one earlier."""
-
-    run: Run
-    job: Mapping[str, Any]
-    shape: str
-    """`Plan.shape` by which its answers were placed."""
-
-
-@dataclass(frozen=True)
 class _Context:
     """What an invocation works with."""
 
@@ -79,16 +64,29 @@ class _Context:
     run: Run
     options: Options
     say: Say
-    stream: IO[str] | None
-    before: _Before | None
+    watch: Watch | None
+    stopper: Stopper | None
+    before: Before | None
+    deadline: datetime | None
 
 
-def run(job: Job, options: Options, environ: Mapping[str, str], *, say: Say, stream: IO[str] | None) -> Summary:
+def run(
+    job: Job,
+    options: Options,
+    environ: Mapping[str, str],
+    *,
+    deadline: datetime | None = None,
+    say: Say,
+    watch: Watch | None,
+    stopper: Stopper | None = None,
+) -> Summary:
     """Run a job, or go on with its unfinished run. The caller holds the ledger's lock.
 
     Args:
+        deadline: by which it is to be done.
         say: takes lines of talk.
-        stream: where the progress is shown; None for nowhere.
+        watch: whom the progress is told; None for nobody.
+        stopper: stops it; without one, signals do.
 
     Raises:
         BatchrunError: whatever keeps the job from being run; its `exit_code` is the process's.
@@ -112,11 +110,12 @@ def run(job: Job, options: Options, environ: Mapping[str, str], *, say: Say, str
             )
         current = _choose_run(ledger, options)
         check_writable(plan.output_path(current), None if options.adopt_ledger else job.name)
-        context = _Context(plan, ledger, current, options, say, stream, _before(ledger))
-        ledger.begin_invocation(current, job=job.snapshot(), endpoint=plan.endpoint.identity)
+        before = Before.of(ledger)
+        context = _Context(plan, ledger, current, options, say, watch, stopper, before, deadline)
+        ledger.begin_invocation(current, job=job.record(), endpoint=plan.endpoint.identity)
         with _end_recorded(ledger, current):
             rows = place(plan, ledger, current)
-            settled = _announce(context, rows)
+            settled = announce(plan, ledger, current, rows, before, say, is_sample=options.sample is not None)
             early = EarlyOutput(plan, current, plan.output_path(current), retry_failed=options.retry_failed)
             try:
                 ended = _ask(context, rows, settled, early)
@@ -154,47 +153,18 @@ def _choose_run(ledger: Ledger, options: Options) -> Run:
     if options.retry_failed and last is not None and last.state == "finished":
         ledger.refuse_pruned(last, "be gone on with any more; without --retry-failed a new run begins")
         ledger.reopen(last)
-    return ledger.current_run()
+    if options.is_new:
+        return ledger.current_run(abandoned_before=_EVER)
+    if options.max_age is None:
+        return ledger.current_run()
+    return ledger.current_run(abandoned_before=now_us() - options.max_age // timedelta(microseconds=1))
 
 
-def _before(ledger: Ledger) -> _Before | None:
-    found = ledger.last_placed()
-    placed = ledger.placed_input(found[0]) if found is not None else None
-    if found is None or placed is None:
-        return None
-    run, snapshot = found
-    return _Before(run, snapshot.job, str(placed.get("shape")))
-
-
-def _announce(context: _Context, rows: int) -> int:
-    """Say what goes on, or what will be paid for again; return how many rows are settled already."""
-    ledger, current, say, before = context.ledger, context.run, context.say, context.before
-    ok, failed = ledger.counts(current)
-    answered = ok
-    if not current.is_new:
-        of = rows * context.plan.slots.number
-        say(f"going on with run {current.run_id}: {ok} of {of} rows are answered, {failed} failed")
-    elif context.plan.job.reuse:
-        if ok:
-            say(f"{ok} rows are answered by earlier runs, for nothing")
-        if pruned := ledger.pruned_answers(current):
-            say(f"{pruned} rows were answered by runs that have been pruned: they will be asked and paid for again")
-    elif context.options.sample is None and (earlier := ledger.earlier_answers(current)) is not None:
-        cost = f"about ${usd_text(round(earlier.usd, 6))}" if earlier.usd is not None else "at a cost not known"
-        say(
-            f"{earlier.slots} rows that run {earlier.run_id} answered will be asked and paid for again, "
-            f"{cost}; `reuse: true` in the job would take them for nothing"
-        )
-        answered = earlier.slots
-    if before is not None and before.shape != context.plan.shape:
-        is_same = before.run.run == current.run
-        unplaced = ledger.unplaced_answers(current) if is_same else ledger.counts(before.run)[0] - answered
-        if unplaced > 0:
-            say(
-                f"{unplaced} answers {'' if is_same else f'of run {before.run.run_id} '}are to other requests than the "
-                "job makes now; their rows will be asked and paid for again"
-            )
-    return ok + failed
+def _abandon_others(context: _Context) -> None:
+    """Now that the run of this invocation takes their place."""
+    for run in context.ledger.abandon_others(context.run):
+        usd, _ = accounts.spent(context.ledger, run)
+        context.say(f"run {run.run_id} is abandoned unfinished; the ${usd_text(usd)} that it has spent still count")
 
 
 def _ask(context: _Context, rows: int, settled: int, early: EarlyOutput) -> _Ended:
@@ -207,6 +177,7 @@ def _ask(context: _Context, rows: int, settled: int, early: EarlyOutput) -> _End
     pending = plan.pending(ledger, current, rows, retry_failed=options.retry_failed, only=only)
     first = next(pending, None)
     if first is None:
+        _abandon_others(context)
         return _Ended()
     ledger.reserve_room(plan.job.concurrency)
     pricings = pricings_of(plan.job, plan.endpoint, plan.slots.models, ledger, say=context.say)
@@ -216,11 +187,12 @@ def _ask(context: _Context, rows: int, settled: int, early: EarlyOutput) -> _End
         server, address = local.start(plan.weights, plan.job.concurrency)
         plan.endpoint = replace(plan.endpoint, base_url=address)
     progress = None
-    if context.stream is not None:
+    if context.watch is not None:
         usd, tokens = accounts.spent(ledger, current)
         slots = rows * plan.slots.number
         total = slots if only is None else min(slots, settled + len(only) * plan.slots.number)
-        progress = Progress(context.stream, total=total, rows=slots, settled=settled, usd=usd, tokens=tokens)
+        progress = context.watch(total=total, rows=slots, settled=settled, usd=usd, tokens=tokens)
+    _abandon_others(context)
     try:
         with asyncio.Runner(loop_factory=_new_loop) as runner:
             ended = runner.run(_drive(context, _chain(first, pending), pricings, budget, progress, early))
@@ -245,7 +217,7 @@ def _change_repairs(context: _Context, rows: int) -> None:
     ledger.drop_reused(current, changes.unreused)
 
 
-def _calm_collector() -> None:
+def calm_collector() -> None:
     """What a request leaves behind dies by its counts: the search for cycles finds nothing, in a tenth of the time.
 
     So modules are taken out of it, and it comes round less often.
@@ -284,13 +256,12 @@ async def _drive(
     requests: Iterator[Request],
     pricings: Mapping[str, Pricing],
     budget: Budget,
-    progress: Progress | None,
+    progress: Watcher | None,
     early: EarlyOutput,
 ) -> _Ended:
     from batchrun.chat import ChatSender
 
-    _calm_collector()
-    job = context.plan.job
+    job, deadline = context.plan.job, context.deadline
     async with ChatSender(
         context.plan.endpoint,
         concurrency=job.concurrency,
@@ -314,11 +285,13 @@ async def _drive(
             models=context.plan.slots.models,
             review=context.plan.reviews.review,
             breaker=_breaker(context),
+            seconds_left=(lambda: (deadline - _now()).total_seconds()) if deadline is not None else None,
             on_settled=progress.settle if progress is not None else lambda settlement: None,
             on_drained=early.start,
         )
         ticking = asyncio.create_task(_tick(progress)) if progress is not None else None
-        with _signals_to(runner, job.stop_seconds, context.say):
+        stopper = context.stopper
+        with stopper.stopping(runner) if stopper is not None else _signals_to(runner, job.stop_seconds, context.say):
             try:
                 stop = await runner.run()
             finally:
@@ -362,7 +335,7 @@ def _signals_to(runner: Runner, stop_seconds: float, say: Say) -> Iterator[None]
             signal.signal(number, handler)
 
 
-async def _tick(progress: Progress) -> None:
+async def _tick(progress: Watcher) -> None:
     while True:
         await asyncio.sleep(1)
         progress.tick()
@@ -405,18 +378,32 @@ def _finish(context: _Context, rows: int, ended: _Ended, early: EarlyOutput) -> 
         say(rows_left(summary, plan.job.budget.per))
     is_whole = summary.pending == 0
     is_wanted = (is_whole or plan.job.output.partial) and not (stop is not None and stop.is_immediate)
+    output = plan.output_path(current)
+    if is_wanted and not (summary.totals.ok or summary.totals.failed or is_whole) and _is_whole(output, current):
+        is_wanted = False
+        say(f"{output} stays as run {(manifest_of(output) or {}).get('run_id')} has left it: this one has nothing yet")
     if is_wanted and is_readable and not is_broken:
-        output = plan.output_path(current)
         if is_changed:
             early.give_up()
         derivation = early.finish(summary) or write_output(plan, ledger, current, output, lambda: summary)
         ledger.note_output(current)
         summary = replace(with_derived(summary, derivation), output=str(output))
         summary = replace(summary, warnings=_label_warnings(ledger, current, summary))
+    # A call that reads less of the input than there is does not end a run whose answers the others await.
+    is_part = plan.job.has_other_input and summary.totals.unplaced > 0
     ledger.end_invocation(
-        current, exit_code=summary.exit_code, reason=summary.reason, is_finished=is_whole and stop is None
+        current,
+        exit_code=summary.exit_code,
+        reason=summary.reason,
+        is_finished=is_whole and stop is None and not is_part,
     )
     return summary
+
+
+def _is_whole(output: Path, run: Run) -> bool:
+    """True if a file is the whole output of another run."""
+    manifest = manifest_of(output) if output.is_file() else None
+    return manifest is not None and manifest.get("run_id") != run.run_id and bool(manifest.get("complete"))
 
 
 def _label_warnings(ledger: Ledger, run: Run, summary: Summary) -> list[str]:
@@ -475,11 +462,7 @@ def _end_recorded(ledger: Ledger, current: Run) -> Iterator[None]:
     try:
         yield
     except BaseException as exc:
-        exit_code = exc.exit_code if isinstance(exc, BatchrunError) else ExitCode.BUG
-        if isinstance(exc, KeyboardInterrupt):
-            exit_code = ExitCode.INTERRUPTED
-        elif isinstance(exc, SystemExit):
-            exit_code = ExitCode.TERMINATED
+        exit_code = exit_code_of(exc)
         with suppress(StorageError):
             # A run that has sent nothing must not stand before the last that has.
             ledger.forget_input(current)
@@ -496,3 +479,7 @@ def _with_advice(plan: Plan, summary: Summary) -> Summary:
 
     advice = [text for model in plan.job.models if (text := model_advice(plan.endpoint, model))]
     return replace(summary, advice="; ".join(advice) or None)
+
+
+def _now() -> datetime:
+    return datetime.fromtimestamp(now_us() / 1e6, UTC)

@@ -16,13 +16,12 @@ import os
 import secrets
 import socket
 import sqlite3
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import zstandard
 
@@ -90,9 +89,7 @@ class Ledger(LedgerView):
         """The newest attempt of this process whose intent is committed."""
 
     @classmethod
-    def open(
-        cls, path: Path, *, job_name: str, job_path: Path, adopt: bool = False, is_durable: bool = False
-    ) -> Ledger:
+    def open(cls, path: Path, *, job_name: str, job_path: Path, adopt: bool = False, is_durable: bool = False) -> Self:
         """Open a ledger, or create it readable by its owner alone.
 
         Args:
@@ -138,25 +135,66 @@ class Ledger(LedgerView):
 
     # --- runs and invocations -------------------------------------------------------------------------------
 
-    def current_run(self) -> Run:
-        """The open run, or a new one."""
+    def current_run(self, abandoned_before: int | None = None) -> Run:
+        """The open run, or a new one.
+
+        Args:
+            abandoned_before: an open run that began no later than then is not gone on with. It stays open until
+                `abandon_others`: what keeps the new one from sending anything must not cost the answers of the old.
+        """
         with self._transaction():
-            row = self._db.execute(
-                "SELECT run, run_id, started_at, NOT EXISTS (SELECT 1 FROM attempt WHERE attempt.run = run.run) "
-                "FROM run WHERE state = 'open' ORDER BY run DESC LIMIT 1"
-            ).fetchone()
-            if row is not None:
-                self._refuse_mixed(row[0], row[1])
-                return Run(row[0], row[1], row[2], "open", is_new=bool(row[3]))
-            started = now_us()
-            stamp = datetime.fromtimestamp(started / 1e6, UTC).strftime("%Y%m%dT%H%M%SZ")
+            now = now_us()
+            opened = self._db.execute(
+                "SELECT run, run_id, started_at, "
+                "EXISTS (SELECT 1 FROM attempt WHERE attempt.run = run.run) AS is_begun "
+                "FROM run WHERE state = 'open' ORDER BY is_begun DESC, run DESC"
+            ).fetchall()
+            begun = [row for row in opened if row[3]]
+            if begun:
+                number, run_id, started_at, _ = begun[0]
+                # One that is asked again had been finished: its answers are not thrown away for its age.
+                if abandoned_before is None or started_at > abandoned_before or self._has_been_whole(number):
+                    self._refuse_mixed(number, run_id)
+                    return Run(number, run_id, started_at, "open", is_new=False)
+            for number, run_id, started_at, _ in opened[len(begun) :]:
+                # It has sent nothing. That of another day would put its output there.
+                if abandoned_before is None and started_at // _DAY == now // _DAY:
+                    return Run(number, run_id, started_at, "open", is_new=True)
+            stamp = datetime.fromtimestamp(now / 1e6, UTC).strftime("%Y%m%dT%H%M%SZ")
             run_id = f"{stamp}-{secrets.token_hex(3)}"
             cursor = self._db.execute(
-                "INSERT INTO run (run_id, started_at, state) VALUES (?, ?, 'open')", (run_id, started)
+                "INSERT INTO run (run_id, started_at, state) VALUES (?, ?, 'open')", (run_id, now)
             )
             assert cursor.lastrowid is not None
             self._db.execute("UPDATE owner SET runs = runs + 1")
-            return Run(cursor.lastrowid, run_id, started, "open", is_new=True)
+            return Run(cursor.lastrowid, run_id, now, "open", is_new=True)
+
+    def _has_been_whole(self, run: int) -> bool:
+        return bool(
+            self._value(
+                "SELECT 1 FROM invocation WHERE run = ? AND exit_code IN (0, 1) AND reason IS NOT 'sample' "
+                "AND reason IS NOT 'input_changed' LIMIT 1",
+                run,
+            )
+        )
+
+    def abandon_others(self, run: Run) -> list[Run]:
+        """Close the open runs but one; those that have sent anything. What they have spent stays."""
+        with self._transaction():
+            rows = self._db.execute(
+                "SELECT run, run_id, started_at, EXISTS (SELECT 1 FROM attempt WHERE attempt.run = run.run) FROM run "
+                "WHERE state = 'open' AND run <> ?",
+                (run.run,),
+            ).fetchall()
+            self._db.execute(
+                "UPDATE run SET state = 'abandoned', ended_at = ? WHERE state = 'open' AND run <> ?",
+                (now_us(), run.run),
+            )
+        return [
+            Run(number, run_id, began, "abandoned", is_new=False)
+            for number, run_id, began, has_sent in rows
+            if has_sent
+        ]
 
     def reopen(self, run: Run) -> None:
         """Make a finished run the open one, so that its failed rows can be asked again."""
@@ -392,54 +430,6 @@ class Ledger(LedgerView):
         with self._transaction():
             self._db.execute("UPDATE run SET labels = ? WHERE run = ?", (_json(labels), run.run))
 
-    def prune(self, runs: Sequence[Run]) -> tuple[dict[int, int], int]:
-        """Drop the bodies of the answers of some runs, but for those that other runs have taken.
-
-        What is dropped leaves its digest, by which its attempt can still be told to be unaltered.
-
-        Returns:
-            How many were dropped, by `Run.run`; and how many answers of these runs stay.
-        """
-        numbers = ", ".join(str(run.run) for run in runs)
-        with self._transaction():
-            # First: where this is broken off, nobody takes the run for whole.
-            self._db.execute(f"UPDATE run SET pruned_at = coalesce(pruned_at, ?) WHERE run IN ({numbers})", (now_us(),))
-        self._execute_script(
-            "DROP TABLE IF EXISTS temp.kept; CREATE TEMP TABLE kept (run INTEGER, row_index INTEGER, model TEXT, "
-            "sample INTEGER, key TEXT, PRIMARY KEY (run, row_index, model, sample, key)) WITHOUT ROWID; "
-            "INSERT OR IGNORE INTO temp.kept SELECT source_run, source_row, model, sample, key FROM reused "
-            "WHERE run NOT IN (SELECT run FROM run WHERE pruned_at IS NOT NULL)"
-        )
-        decompress = zstandard.ZstdDecompressor().decompress
-        dropped: Counter[int] = Counter()
-        newest = 0
-        while True:
-            with self._transaction():
-                found = self._db.execute(_TO_PRUNE.format(numbers=numbers), (newest, _PRUNED_AT_ONCE)).fetchall()
-                self._db.executemany(
-                    "UPDATE answer SET digest = ?, body = x'' WHERE attempt_id = ?",
-                    [(digest(decompress(body)), attempt_id) for attempt_id, _, body in found],
-                )
-            if not found:
-                break
-            dropped.update(run for _, run, _ in found)
-            newest = found[-1][0]
-        with self._transaction():
-            # Of these all is there after all.
-            self._db.execute(_UNMARK.format(numbers=numbers))
-        kept = self._value(
-            f"SELECT count(*) FROM attempt JOIN answer USING (attempt_id) WHERE digest IS NULL AND run IN ({numbers})"
-        )
-        return dict(dropped), int(kept)
-
-    def compact(self) -> None:
-        """Give back to the disk what is not used any more, if it is much; takes as much room as is left for a while."""
-        free, pages = (self._value(f"PRAGMA {name}") for name in ("freelist_count", "page_count"))
-        with storage(self.path):
-            if free * _FREE_SHARE > pages:
-                self._db.execute("VACUUM")
-            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-
     def sync(self) -> None:
         """Bring the write-ahead log to the disk: what was committed before survives a power cut."""
         self.is_dirty = False
@@ -643,24 +633,7 @@ _SETTLE = f"""
     WHERE attempt_id = ? AND outcome IS NULL
 """
 _FORGET_REPAIR = f"DELETE FROM repair_wanted WHERE {' AND '.join(f'{name} = ?' for name in GROUP_COLUMNS)}"
-_PRUNED_AT_ONCE = 1000
-_FREE_SHARE = 50
-# By the answers in their order: by the attempts of the runs, all of them would be sorted for each batch.
-_TO_PRUNE = """
-    SELECT answer.attempt_id, attempt.run, body FROM answer CROSS JOIN attempt USING (attempt_id)
-    WHERE answer.attempt_id > ? AND attempt.run IN ({numbers}) AND digest IS NULL AND NOT EXISTS (
-        SELECT 1 FROM temp.kept WHERE kept.run = attempt.run AND kept.row_index = attempt.row_index
-        AND kept.model = attempt.model AND kept.sample = attempt.sample AND kept.key = attempt.key)
-    ORDER BY answer.attempt_id LIMIT ?
-"""
-_UNMARK = """
-    UPDATE run SET pruned_at = NULL WHERE run IN ({numbers}) AND NOT EXISTS (
-        SELECT 1 FROM attempt JOIN answer USING (attempt_id) WHERE attempt.run = run.run AND digest IS NOT NULL)
-    AND NOT EXISTS (
-        SELECT 1 FROM reused JOIN attempt ON attempt.run = source_run AND attempt.row_index = source_row
-            AND attempt.model = reused.model AND attempt.sample = reused.sample AND attempt.key = reused.key
-        JOIN answer USING (attempt_id) WHERE reused.run = run.run AND digest IS NOT NULL)
-"""
+_DAY = 86_400_000_000
 _ORPHANED = "the process ended before an answer came"
 
 # Groups whose row asks for another key now, each given a row that asks for its key and has no answer: answered groups

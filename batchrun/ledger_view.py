@@ -227,6 +227,11 @@ class LedgerView:
         )
         return int(number)
 
+    def is_of(self, job_name: str, job_path: Path) -> bool:
+        """True if the ledger is that of a job, or nobody's yet."""
+        owner = self.rows("SELECT job_name, job_path FROM owner")
+        return not owner or owner[0] == (job_name, os.path.relpath(job_path, self.path.parent))
+
     def size(self) -> int:
         """Bytes of the ledger's files."""
         with storage(self.path):

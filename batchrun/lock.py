@@ -6,9 +6,10 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from math import isfinite
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -16,6 +17,7 @@ from filelock import FileLock, Timeout
 from batchrun.errors import LedgerHeldError, StorageError
 
 _LOOKS, _LOOK_SECONDS = 10, 0.02
+_POLL_SECONDS = 0.2
 
 
 def lock_path(ledger: Path) -> Path:
@@ -24,10 +26,17 @@ def lock_path(ledger: Path) -> Path:
 
 
 @contextmanager
-def held(ledger: Path) -> Iterator[None]:
+def held(
+    ledger: Path, *, wait: float = 0.0, say: Callable[[str], None] = lambda line: None, until: Callable[[], bool] = bool
+) -> Iterator[None]:
     """Hold the lock of a ledger.
 
     The file stays behind and means nothing by itself: the lock is the kernel's, and cannot go stale.
+
+    Args:
+        wait: so many seconds for another process that holds it; infinity for as long as it takes.
+        say: is told of whom it waits for.
+        until: true when nobody wants the lock any more.
 
     Raises:
         LedgerHeldError: another process holds it; the message says which.
@@ -37,9 +46,16 @@ def held(ledger: Path) -> Iterator[None]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path, mode=0o600, fallback_to_soft=False)
-        lock.acquire(timeout=0)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            if not wait:
+                raise
+            say(f"waiting for {_holder(path)}, who uses {ledger}")
+            lock.acquire(timeout=wait if isfinite(wait) else -1, poll_interval=_POLL_SECONDS, cancel_check=until)
     except Timeout:
-        raise LedgerHeldError(f"{ledger} is in use by {_holder(path)}: wait for it to end") from None
+        waited = f", and was for {wait:g} s" if wait else ""
+        raise LedgerHeldError(f"{ledger} is in use by {_holder(path)}{waited}: wait for it to end") from None
     except (OSError, NotImplementedError) as exc:
         raise StorageError(
             f"{path}: no lock can be had: {exc}: make the folder writable, or set `ledger:` to a path on a local disk"

@@ -41,7 +41,7 @@ class Lookup:
             raise JobError("the run has not got as far as its input")
         ((job_path,),) = self._ledger.rows("SELECT job_path FROM owner")
         path = Path(os.path.normpath(Path(os.path.realpath(self._ledger.path)).parent / job_path))
-        job = Job.of_snapshot(known.job, path)
+        job = Job.of_record(known.job, path)
         plan = Plan.to_read(job.with_shape_of(known.job), known.endpoint)
         if not plan.is_placed_as(placed):
             raise JobError("the input has changed since")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from decimal import ROUND_HALF_EVEN, Context, Decimal, InvalidOperation
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 PICO_PER_USD = 10**12
 CREDITS_PER_USD = 2_000_000
@@ -104,3 +105,14 @@ def usd_text(usd: Decimal) -> str:
     """
     text = format(usd, "f")
     return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def exact_json(value: Any) -> str:
+    """JSON whose Decimals are numbers with every digit, which a float would not keep."""
+    if isinstance(value, Decimal):
+        return usd_text(value)
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(key)}: {exact_json(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(exact_json, value)) + "]"
+    return json.dumps(value, ensure_ascii=False)

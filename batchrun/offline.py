@@ -19,14 +19,14 @@ from batchrun.exports import check_export
 from batchrun.job import Job
 from batchrun.ledger import Ledger
 from batchrun.ledger_view import LedgerView, Run, Snapshot
-from batchrun.money import usd_text
+from batchrun.money import exact_json, usd_text
 from batchrun.plan import Plan, place
 from batchrun.prices import Pricing
 from batchrun.providers import resolve
 from batchrun.records import RowFault, now_us
 from batchrun.sink import manifest_of
 from batchrun.spending import pricings_of, refuse_boundless
-from batchrun.summary import Summary, exact_json
+from batchrun.summary import Summary
 from batchrun.template import NotRenderedError
 
 _MOST_FAULTS = 5

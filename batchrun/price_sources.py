@@ -11,10 +11,10 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
 
-from batchrun.job import PricesSetting
 from batchrun.money import amount
 from batchrun.prices import Limits, Price, Pricing
 from batchrun.providers import Endpoint
+from batchrun.settings import PricesSetting
 
 _MTOK = 1_000_000
 _MOST_RATE = 1_000_000

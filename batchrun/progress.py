@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from decimal import Decimal
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 from batchrun.money import usd_text
 from batchrun.records import Settlement
@@ -16,6 +16,26 @@ _LINE_SECONDS = 30.0
 _ENOUGH = 20
 """Rows from which on a rate says something."""
 _USUAL_WIDTH, _USUAL_HEIGHT = 100, 24
+
+
+class Watcher(Protocol):
+    """Whoever is told how the sending goes on."""
+
+    def settle(self, settlement: Settlement) -> None:
+        """Take one settled attempt."""
+
+    def tick(self) -> None:
+        """Called about once a second."""
+
+    def close(self) -> None:
+        """The sending is over."""
+
+
+class Watch(Protocol):
+    """What makes a watcher, once it is known what there is to do."""
+
+    def __call__(self, *, total: int, rows: int, settled: int, usd: Decimal, tokens: int) -> Watcher:
+        """The arguments are those of `Progress`."""
 
 
 class Progress:

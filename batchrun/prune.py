@@ -8,8 +8,8 @@ from datetime import datetime
 
 from batchrun.errors import JobError
 from batchrun.job import Job
-from batchrun.ledger import Ledger
-from batchrun.summary import exact_json
+from batchrun.money import exact_json
+from batchrun.pruning import PrunableLedger
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def prune(job: Job, before: datetime, *, adopt: bool = False) -> Pruned:
     """
     if not job.ledger_path.exists():
         raise JobError(f"there is nothing to prune: no run of this job is in {job.ledger_path}")
-    with closing(Ledger.open(job.ledger_path, job_name=job.name, job_path=job.path, adopt=adopt)) as ledger:
+    with closing(PrunableLedger.open(job.ledger_path, job_name=job.name, job_path=job.path, adopt=adopt)) as ledger:
         size = ledger.size()
         runs = ledger.prunable(round(before.timestamp() * 1e6))
         dropped, kept = ledger.prune(runs)

@@ -15,11 +15,10 @@ from batchrun.accounts import Compared
 from batchrun.errors import ExitCode, JobError, ProviderError
 from batchrun.job import Job
 from batchrun.ledger import Ledger
-from batchrun.money import DERIVED, usd_text
+from batchrun.money import DERIVED, exact_json, usd_text
 from batchrun.provider_log import BilledLine, read_log, window
 from batchrun.providers import resolve
 from batchrun.records import now_us
-from batchrun.summary import exact_json
 
 _SHOWN = 20
 _OUR_ID = re.compile(r"(.+):(\d{1,18}):(\d{1,18})", re.ASCII)
@@ -157,7 +156,7 @@ def reconcile(
         start, end = window(_moment(since), _moment(now))
         lines = ledger.take_billed(_ours(read_log(endpoint, start, end, on_page), ledger.run_ids()))
         patience = _Patience(now, settle_after_seconds, job.timeout_seconds)
-        found = _settle(ledger, int(start.timestamp() * 1e6), patience)
+        found = _settle(ledger, int(start.timestamp() * 1e6), patience, endpoint.identity)
         is_changed = found.billed or found.not_billed or found.derived
         return replace(found, lines=lines, output=rewrite(ledger) if is_changed else None)
 
@@ -205,12 +204,12 @@ class _Tally:
     mended: list[Difference] = field(default_factory=list)
 
 
-def _settle(ledger: Ledger, since: int, patience: _Patience) -> Reconciliation:
+def _settle(ledger: Ledger, since: int, patience: _Patience, endpoint: str) -> Reconciliation:
     tally = _Tally()
     known = accounts.in_log(ledger, since, patience.now - int(patience.seconds * 1e6))
     # A log that has nothing of a run that was answered is another account's: it says nothing by what it lacks.
     silent = {run for run, found in known.items() if found.answered and not found.lines}
-    ledger.correct("reconcile", _corrections(accounts.compared(ledger, since), patience, silent, tally))
+    ledger.correct("reconcile", _corrections(accounts.compared(ledger, since, endpoint), patience, silent, tally))
     too_old, too_old_usd = accounts.unknown_before(ledger, since)
     unrecorded, unrecorded_usd = accounts.unrecorded(ledger)
     return Reconciliation(
@@ -243,7 +242,11 @@ def _corrections(
             tally.billed += 1
             tally.billed_usd += theirs
             yield attempt.attempt_id, theirs, "reported"
-        elif ours is None and theirs is None and (attempt.run in silent or not patience.is_over(attempt)):
+        elif (
+            ours is None
+            and theirs is None
+            and (attempt.is_elsewhere or attempt.run in silent or not patience.is_over(attempt))
+        ):
             tally.still_unknown += 1
             if tally.still_unknown_usd is not None:
                 known = attempt.reserved

@@ -1,9 +1,11 @@
 """What runs cost, as pandas DataFrames.
 
     >>> import batchrun.report
-    >>> report = batchrun.report.load("outputs/")                  # doctest: +SKIP
-    >>> report.runs[["job", "run_id", "usd_spent"]]                # doctest: +SKIP
-    >>> report.spend.groupby("day")["usd_spent"].sum()             # doctest: +SKIP
+    >>> report = batchrun.report.load("outputs/")
+    >>> report.runs[["job", "run_id", "usd_spent"]].columns.tolist()
+    ['job', 'run_id', 'usd_spent']
+    >>> int(report.spend.groupby("day")["attempts"].sum().iloc[0])
+    2
 
 Dollars are exact: columns of `decimal.Decimal`, whose sums are those of the ledger to the last digit.
 """

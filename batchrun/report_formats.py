@@ -16,9 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchrun.exports import UnixLines
-from batchrun.money import usd_text
+from batchrun.money import exact_json, usd_text
 from batchrun.report import Report, records
-from batchrun.summary import exact_json
 from batchrun.tables import aligned, columns, shown
 
 _PRICE_DIGITS = 4

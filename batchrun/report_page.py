@@ -184,7 +184,7 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
     if unknown := totals["unknown_attempts"]:
         most = totals["usd_unknown_at_most"]
         figure = f"at most {usd(most)}" if most is not None else "no upper bound"
-        tiles.append(("Unknown cost", figure, f"{_counted(unknown, 'attempt')}; in no other figure"))
+        tiles.append(("Unknown cost", figure, f"{_counted(unknown, 'attempt')}; not in what was spent"))
     per_1000, per_ok = totals["usd_per_1000_rows"], totals["usd_per_ok_row"]
     if per_1000 is not None:
         note = f"{page_text.average(per_ok)} per row with an answer" if per_ok is not None else "no row has an answer"
@@ -192,7 +192,7 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
     if under_way := totals["in_flight"]:
         most = totals["usd_in_flight_at_most"]
         figure = f"at most {usd(most)}" if most is not None else "no upper bound"
-        tiles.append(("In flight", figure, f"{_counted(under_way, 'attempt')}; in no other figure"))
+        tiles.append(("In flight", figure, f"{_counted(under_way, 'attempt')}; not in what was spent"))
     wasted: Decimal | None = totals["usd_wasted"]
     if wasted is not None:
         share = f"{wasted / spent:.1%} of what was spent: " if spent else ""

@@ -11,6 +11,7 @@ import asyncio
 import heapq
 import itertools
 import traceback
+from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
@@ -51,6 +52,9 @@ _DURABLE_GAP = 0.01
 _WALLS = 3
 """Rows that are told to wait for longer than they may, without an answer between; or times that a lone row is."""
 _WALL_PAUSE = 1.0
+_LATELY = 100
+"""Answers by which it is told how long one takes."""
+_LEAST_LOOK_SECONDS, _MOST_LOOK_SECONDS = 0.01, 1.0
 _LAST_TRIES = 3
 """Each makes more room on a full disk than the one before."""
 
@@ -74,6 +78,7 @@ class Sender(Protocol):
 
 ASKED_AGAIN = "asked_again"
 """The reason of a stop: an answered row was about to be asked."""
+_DEADLINE = Stop(ExitCode.LIMIT, "deadline", "the deadline is near: no more rows are asked; run again to go on")
 NO_ROOM = Stop(ExitCode.LIMIT, "budget", "the next row does not fit into the budget")
 
 
@@ -100,6 +105,7 @@ class Runner:
         models: those that are asked; if one refuses all rows, the others go on.
         review: looks at each answer.
         breaker: stops a run whose answers are bad.
+        seconds_left: until the deadline; None without one.
         on_settled: called with every settlement, for the progress display.
         on_drained: called once there are no more rows to draw.
     """
@@ -121,6 +127,7 @@ class Runner:
         models: Collection[str] = (),
         review: Callable[[Request, Answer], Review] = lambda request, answer: Review(),
         breaker: Breaker | None = None,
+        seconds_left: Callable[[], float] | None = None,
         on_settled: Callable[[Settlement], None] = lambda settlement: None,
         on_drained: Callable[[], None] = lambda: None,
     ) -> None:
@@ -144,6 +151,9 @@ class Runner:
         self._models = models
         self._review = review
         self._breaker = breaker
+        self._seconds_left = seconds_left
+        self._took: deque[float] = deque(maxlen=_LATELY)
+        """Seconds of the last answers."""
         self._drawn = 0
         self._refused: dict[str, Stop] = {}
         """Models that refuse all rows, and why."""
@@ -164,13 +174,17 @@ class Runner:
     async def run(self) -> Stop | None:
         """Work until every row is settled or the run is stopped; None if nothing stopped it."""
         try:
-            syncing = asyncio.create_task(self._sync_regularly())
+            beside = [asyncio.create_task(self._sync_regularly())]
+            if self._seconds_left is not None:
+                self._halt_in_time(self._seconds_left())
+                beside.append(asyncio.create_task(self._watch_deadline(self._seconds_left)))
             # Many connections are opened over a moment, not all in one.
             gap = _RAMP_SECONDS / self._concurrency if self._concurrency > _AT_ONCE else 0.0
             self._workers = [asyncio.create_task(self._work(index * gap)) for index in range(self._concurrency)]
             await asyncio.wait(self._workers)
-            syncing.cancel()
-            await asyncio.wait([syncing])
+            for task in beside:
+                task.cancel()
+            await asyncio.wait(beside)
         finally:
             for worker in self._workers:
                 worker.cancel()
@@ -181,10 +195,11 @@ class Runner:
                 break
             except Exception as exc:  # noqa: BLE001 - how the run ended must be told all the same
                 self._fail(exc)
+        is_outer = self.stop is not None and (self.stop is _DEADLINE or self.stop.exit_code in _SIGNALLED)
+        if is_outer and not self._has_left():
+            self.stop = None  # it came when all was done
         if self.stop is None:
             self.stop = next(iter(self._refused.values()), None)
-        if self.stop is not None and self.stop.exit_code in _SIGNALLED and not self._has_left():
-            self.stop = None  # the signal came when all was done
         return self.stop
 
     def _has_left(self) -> bool:
@@ -304,6 +319,7 @@ class Runner:
         self, work: _Work, intent: Intent, exchange: Exchange, reservation: Reservation, sent_at: float
     ) -> None:
         failure = exchange.failure
+        self._took.append(self._clock() - sent_at)
         self._pacing.note(
             sent_at=sent_at,
             is_ok=exchange.outcome == "ok",
@@ -408,7 +424,9 @@ class Runner:
             self._pacing.stop()
             self._rates.stop()
             self._budget.close()
-            asyncio.get_running_loop().call_later(self._stop_seconds, self._cancel)
+            # A deadline was known ahead: what is in flight has the time that it was given.
+            seconds = max(self._stop_seconds, self._awaited) if stop is _DEADLINE else self._stop_seconds
+            asyncio.get_running_loop().call_later(seconds, self._cancel)
 
     def _cancel(self) -> None:
         for worker in self._workers:
@@ -427,6 +445,22 @@ class Runner:
     def _wake(self) -> None:
         self._woken.set()
         self._woken.clear()
+
+    async def _watch_deadline(self, seconds_left: Callable[[], float]) -> None:
+        # Looked at now and again: this machine may sleep meanwhile, its clock may be put right, and answers may take
+        # longer than they did.
+        while not self._stopping.is_set():
+            self._halt_in_time(left := seconds_left())
+            await asyncio.sleep(min(max((left - self._awaited) / 4, _LEAST_LOOK_SECONDS), _MOST_LOOK_SECONDS))
+
+    def _halt_in_time(self, seconds_left: float) -> None:
+        if seconds_left <= self._awaited:
+            self._halt(_DEADLINE)
+
+    @property
+    def _awaited(self) -> float:
+        """Seconds that what is in flight may need yet, by the slowest of the last answers."""
+        return max(self._took, default=0.0)
 
     async def _sync_regularly(self) -> None:
         while True:

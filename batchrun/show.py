@@ -13,10 +13,9 @@ from batchrun.errors import JobError
 from batchrun.job import Job
 from batchrun.ledger_view import LedgerView, Run
 from batchrun.lookup import Lookup, prompt_text
-from batchrun.money import from_pico, usd_text
+from batchrun.money import exact_json, from_pico, usd_text
 from batchrun.spend import RunSpend, read_ledger
 from batchrun.spend_details import Failures, Seconds, failures, seconds
-from batchrun.summary import exact_json
 
 
 @dataclass(frozen=True)

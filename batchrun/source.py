@@ -22,7 +22,8 @@ import pyarrow as pa
 from batchrun.casts import TYPES, cast
 from batchrun.errors import InputError, listed
 from batchrun.files import CsvInput, InputFile, JsonlInput, ParquetInput, reading, refuse_duplicates
-from batchrun.job import ColumnSetting, InputSetting, Job
+from batchrun.job import Job
+from batchrun.settings import ColumnSetting, InputSetting
 from batchrun.textfile import Place
 
 _MANIFEST = b"batchrun"

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
 
 from batchrun import __version__
-from batchrun.money import usd_text
+from batchrun.money import exact_json, usd_text
 from batchrun.projection import Projection
 from batchrun.records import Totals
 from batchrun.tables import shown
@@ -108,7 +107,11 @@ class Summary:
 
     def to_json(self) -> str:
         """One JSON object; dollars are numbers with all their digits."""
-        document = {name: value for name, value in self.manifest().items() if name != "settings"} | {
+        return exact_json(self.document())
+
+    def document(self) -> dict[str, Any]:
+        """What it tells machines, as plain values."""
+        return {name: value for name, value in self.manifest().items() if name != "settings"} | {
             "exit_code": int(self.exit_code),
             "failures": [
                 {"kind": kind, "rows": rows, "example": example} for kind, rows, example in self.totals.failures
@@ -125,7 +128,6 @@ class Summary:
             "output": self.output,
             "ledger": self.ledger,
         }
-        return exact_json(document)
 
     def lines(self) -> list[str]:
         """A short text."""
@@ -199,14 +201,3 @@ class Summary:
         shown = {source: usd for source, usd in sources.items() if usd} or sources
         parts = [f"{_ESTIMATED.get(source, source)} ${usd_text(usd)}" for source, usd in shown.items()]
         return f" ({', '.join(parts)})" if parts else ""
-
-
-def exact_json(value: Any) -> str:
-    """JSON whose Decimals are numbers with every digit, which a float would not keep."""
-    if isinstance(value, Decimal):
-        return usd_text(value)
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{json.dumps(key)}: {exact_json(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ", ".join(map(exact_json, value)) + "]"
-    return json.dumps(value, ensure_ascii=False)

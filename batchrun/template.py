@@ -16,10 +16,11 @@ from jinja2.exceptions import SecurityError, TemplateSyntaxError, UndefinedError
 
 from batchrun.errors import JobError, listed
 from batchrun.form import Form, filled, has_holes, text_hole, value_hole
-from batchrun.job import Job, PromptSetting
+from batchrun.job import Job
 from batchrun.providers import Endpoint
 from batchrun.records import Request, Slot
 from batchrun.sandbox import MOST_OUTPUT, Filling, NullError, Sandbox
+from batchrun.settings import PromptSetting
 from batchrun.structure import Structure
 from batchrun.wire import inline_media, is_self_contained, most_completion_tokens, request_body, stream_fields
 

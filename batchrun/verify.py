@@ -29,11 +29,10 @@ from batchrun.ledger_view import (
     digest,
     seal,
 )
-from batchrun.money import COST_SOURCES, from_pico, to_pico, usd_text
+from batchrun.money import COST_SOURCES, exact_json, from_pico, to_pico, usd_text
 from batchrun.plan import Plan
 from batchrun.records import Answer
 from batchrun.sink import manifest_of
-from batchrun.summary import exact_json
 from batchrun.wire import read_answer
 
 _SHOWN = 20
@@ -339,7 +338,7 @@ def _check_output(job: Job, ledger: LedgerView, verdict: Verdict) -> None:
     if manifest.get("run_id") != run.run_id:
         verdict.blame(f"{output} is of run {manifest.get('run_id')}, and the newest is {run.run_id}")
         return
-    now = job.output_settings()
+    now = plan.job.output_settings()
     then = manifest.get("settings") or known.job
     if changed := [name for name, value in now.items() if exact_json(value) != exact_json(then.get(name))]:
         verdict.notes.append(

@@ -141,7 +141,7 @@ def _salvaged(world: World) -> int | None:
 
     def call() -> int:
         from batchrun.errors import StorageError
-        from batchrun.job import load_job
+        from batchrun.loading import load_job
         from batchrun.salvage import salvage
 
         try:

@@ -39,7 +39,9 @@ import sys
 import time
 from datetime import UTC, datetime
 from decimal import Decimal
+from fractions import Fraction
 from hashlib import blake2b
+from math import ceil
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -163,7 +165,7 @@ class Provider:
         record: dict[str, Any], writer: asyncio.StreamWriter,
     ) -> bool:  # fmt: skip
         options = self.options
-        delay = script.get("wait", options.get("latency", 0))
+        delay = 0 if Path(f"{self.log.name}.hurry").exists() else script.get("wait", options.get("latency", 0))
         if delay:
             await asyncio.sleep(delay)
         key = options.get("key")
@@ -248,7 +250,8 @@ class Provider:
         if self.options.get("wordy"):
             completion = 1 + int.from_bytes(digest_of(body)[:4]) % int(body["max_tokens"])
         # AI/ML API rounds each component up to whole credits.
-        credits_used = (-(-prompt * 78 // 10) + -(-completion * 39)) * self.options.get("charge", 1)
+        charge = Fraction(str(self.options.get("charge", 1)))
+        credits_used = ceil(prompt * Fraction(78, 10) * charge) + ceil(completion * 39 * charge)
         usage = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
         choice = {
             "index": 0,

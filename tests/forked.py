@@ -141,6 +141,7 @@ def _become(call: dict[str, Any]) -> None:
     os.chdir(call["cwd"])
     os.environ.clear()
     os.environ.update(call["env"])
+    time.tzset()  # of the zone that this names
     new = os.O_WRONLY | os.O_CREAT
     for number, name, mode in ((0, os.devnull, os.O_RDONLY), (1, call["out"], new), (2, call["err"], new)):
         opened = os.open(name, mode, 0o600)

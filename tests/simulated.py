@@ -269,7 +269,8 @@ def invoke(world: World, defect: str | None = None) -> int:
     """Run one invocation in this process, which nothing else may use after; its exit code, or VIOLATED."""
     from batchrun import chat, delivery, invocation, records, spending
     from batchrun.errors import BatchrunError
-    from batchrun.job import load_job
+    from batchrun.loading import load_job
+    from batchrun.options import Options
 
     from . import defects
 
@@ -306,10 +307,10 @@ def invoke(world: World, defect: str | None = None) -> int:
     if defect is not None:
         defects.plant(defect)
     job = load_job(world.folder / "job.yaml")
-    options = invocation.Options(retry_failed=world.retry_failed)
+    options = Options(retry_failed=world.retry_failed)
     said: list[str] = []
     try:
-        summary = invocation.run(job, options, {"AIML_API_KEY": "sk-simulated"}, say=said.append, stream=None)
+        summary = invocation.run(job, options, {"AIML_API_KEY": "sk-simulated"}, say=said.append, watch=None)
         if provider.db is not None:
             provider.db.close()
         violations = provider.violations + list(violations_of_the_output(world, job, summary))

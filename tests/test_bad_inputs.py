@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from batchrun.documents import parse_json
 from batchrun.errors import JobError
-from batchrun.job import load_job
+from batchrun.loading import load_job
 from batchrun.records import Answer, Failure
 from batchrun.sse import EventParser
 from batchrun.wire import read_answer

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from batchrun.job import load_job
+from batchrun.loading import load_job
 from batchrun.money import Cost
 from batchrun.progress import Progress
 from batchrun.records import Exchange, Intent, Request, Settlement, Slot
@@ -176,7 +176,7 @@ def test_outputs_per_run_keep_one_ledger(work: Workspace, provide: Provide) -> N
     assert work.run().code == 0
     assert work.run().code == 0
     assert len(list((work.folder / "runs").glob("run_date=*/*.parquet"))) == 2
-    assert [path.name for path in (work.folder / "runs").glob("*.sqlite")] == ["job.ledger.sqlite"]
+    assert [path.relative_to(work.folder) for path in work.folder.rglob("*.sqlite")] == [Path("job.ledger.sqlite")]
 
 
 def test_the_parquet_has_every_column_of_the_readme_and_opens_in_pandas(work: Workspace, provide: Provide) -> None:

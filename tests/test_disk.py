@@ -19,7 +19,7 @@ def _call(name: str, folder: Path, **arguments: object) -> tuple[int, str]:
 
 @pytest.mark.parametrize(
     ("what", "part", "parts"),
-    [("kill", 0, 2), ("kill", 1, 2), ("fail", 0, 3), ("full", 0, 3)],
+    [("kill", 0, 4), ("fail", 0, 6), ("full", 3, 6)],
 )
 def test_broken_off_at_every_step(quick_path: Path, what: str, part: int, parts: int) -> None:
     code, stderr = _call("break_off", quick_path, kind="capped", what=what, part=part, parts=parts)

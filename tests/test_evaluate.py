@@ -29,8 +29,8 @@ from batchrun.comparison import Compared, Comparison
 from batchrun.errors import MissingHereError
 from batchrun.evaluate import Evaluation, Evaluator
 from batchrun.intervals import paired_proportions, proportion, require
+from batchrun.money import exact_json
 from batchrun.scores import METRICS, Scorer, decisive, identity, score_names, scored, vote
-from batchrun.summary import exact_json
 from batchrun.tables import WIDTH, aligned, columns, shown
 
 CENT = Decimal("0.01")

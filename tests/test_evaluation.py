@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from batchrun.job import load_job
+from batchrun.loading import load_job
 
 from .conftest import FakeProvider, Workspace
 

@@ -149,7 +149,7 @@ def test_an_interrupted_retry_of_failed_rows_goes_on_and_pays_for_nothing_again(
     work: Workspace, provide: Provide
 ) -> None:
     provider = provide()
-    work.write_rows(["fine", *(script(fail=[400], wait=0.4, n=n) for n in range(6))])
+    work.write_rows(["fine", *(script(fail=[400], wait=0.3, n=n) for n in range(4))])
     work.write_job(provider.base_url, concurrency=1)
     assert work.run().code == 1
     asked = len(provider.requests)
@@ -273,7 +273,8 @@ def test_sigterm_while_the_output_is_written_leaves_no_half_of_it(work: Workspac
         time.sleep(0.15)
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=60)
-    assert process.returncode in (0, 143)
+    # At its very last Python gives the signals back.
+    assert process.returncode in (0, 143, -signal.SIGTERM)
     assert not list(Path(work.folder).glob("*.part"))
     assert not list(Path(work.folder).glob(".*.part"))
     if work.output.exists():

@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batchrun.errors import JobError
-from batchrun.job import Job, json_schema, load_job
+from batchrun.job import Job
 from batchrun.jobfile import Document
+from batchrun.loading import json_schema, load_job
 
 JOBS = Path(__file__).parent.parent / "jobs"
 GOOD = "input: a.csv\nprovider: openai\nmodel: m\noutput: o.parquet\n"
@@ -123,7 +124,14 @@ def test_paths_are_relative_to_the_job_file(tmp_path: Path) -> None:
     assert job.resolve("a.csv") == tmp_path / "a.csv"
     assert job.name == "job"
     hive = load(tmp_path, GOOD.replace("o.parquet", "runs/run_date={date}/x.parquet"))
-    assert hive.ledger_path == tmp_path / "runs" / "job.ledger.sqlite"
+    # Not among the data.
+    assert hive.ledger_path == tmp_path / "job.ledger.sqlite"
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "job.ledger.sqlite").touch()
+    with pytest.raises(JobError, match=r"move it .* to .*, or set ledger: runs/job\.ledger\.sqlite"):
+        load(tmp_path, GOOD.replace("o.parquet", "runs/run_date={date}/x.parquet"))
+    plain = load(tmp_path, GOOD.replace("o.parquet", "runs/{date}/x.parquet"))
+    assert plain.ledger_path == tmp_path / "runs" / "job.ledger.sqlite"
 
 
 def test_prices_are_decimals_from_their_text(tmp_path: Path) -> None:

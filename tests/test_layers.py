@@ -9,10 +9,11 @@ PACKAGE = Path(__file__).parent.parent / "batchrun"
 
 FLOORS = [
     {"errors", "usage", "sse", "columns", "uniqueness", "documents", "folders", "form", "inflate", "scrub"}
-    | {"sandbox", "tables", "evidence", "spill", "palette"},
+    | {"sandbox", "tables", "evidence", "hook", "spill", "palette"},
     {
         "money",
         "moments",
+        "stopper",
         "providers",
         "jobfile",
         "report_places",
@@ -25,8 +26,9 @@ FLOORS = [
         "intervals",
     }
     | {"tolerant", "plain"},
+    {"overrides", "settings", "options"},
     {"records", "job", "prices", "projection", "fetch", "bill", "confusion", "labels", "page_text"},
-    {"failures", "ledger_view", "transport", "files", "shapes"},
+    {"failures", "loading", "ledger_view", "transport", "files", "shapes"},
     {"wire", "accounts", "schemas", "spend", "spend_details"},
     {"structure", "trend"},
     {
@@ -52,7 +54,7 @@ FLOORS = [
         "evaluate",
         "comparison",
     },
-    {"derive", "exports", "journal", "report"},
+    {"derive", "exports", "journal", "report", "pruning"},
     {"report_formats", "report_groups", "report_figures"},
     {"report_charts"},
     {"report_drawn"},
@@ -61,9 +63,10 @@ FLOORS = [
     {"plan"},
     {"spending"},
     {"delivery"},
-    {"lookup"},
-    {"invocation", "offline", "reconcile", "verify", "compare", "reporting", "show", "prune"},
-    {"cli"},
+    {"lookup", "announce"},
+    {"invocation"},
+    {"outcome", "offline", "reconcile", "verify", "compare", "reporting", "show", "prune"},
+    {"cli", "api"},
     {"__main__"},
 ]
 
@@ -106,7 +109,7 @@ def test_only_one_room_knows_each_outside_thing() -> None:
         "xllamacpp": {"local"}, "jinja2": {"template", "sandbox", "report_page"}, "ruamel": {"jobfile"},
         "filelock": {"lock"},
         "sqlite3": {"ledger", "ledger_view", "migrations", "uniqueness", "salvage", "spill"},
-        "zstandard": {"ledger", "ledger_view", "verify", "salvage", "lookup"},
+        "zstandard": {"ledger", "pruning", "ledger_view", "verify", "salvage", "lookup"},
         "genai_prices": {"price_sources"},
         "sklearn": {"intervals"}, "scipy": {"intervals"}, "numpy": {"intervals"}, "regex": {"scores"},
         "altair": {"report_charts"}, "vl_convert": {"report_charts"},

@@ -12,7 +12,8 @@ import pytest
 
 from batchrun.cli import cli
 from batchrun.errors import ExitCode
-from batchrun.job import Job, load_job
+from batchrun.job import Job
+from batchrun.loading import load_job
 
 from .conftest import FakeProvider, Workspace
 
@@ -51,30 +52,10 @@ def test_every_command_is_in_the_readme() -> None:
     commands = section("Commands")
     for name in cli.commands:
         assert f"batchrun {name} " in commands or name == "run", name
-    for option in (
-        "--retry-failed",
-        "--json",
-        "--quiet",
-        "--adopt-ledger",
-        "--rows",
-        "--output",
-        "--sample",
-        "--offline",
-        "--reprice",
-        "--settle-after",
-        "--to",
-        "--columns",
-        "--by",
-        "--since",
-        "--run",
-        "--top",
-        "--format",
-        "--html",
-        "--no-content",
-        "--row",
-        "--older-than",
-    ):
-        assert option in commands
+    for command in cli.commands.values():
+        for option in command.params:
+            if option.param_type_name == "option":
+                assert option.opts[0] in commands, (command.name, option.opts)
 
 
 def test_the_exit_codes_are_those_of_the_program() -> None:
@@ -88,5 +69,11 @@ def test_the_python_of_the_readme_runs(work: Workspace, provide: Callable[..., F
     (work.folder / "in.csv").write_text("review_id,prompt,expected\nr1,a,b\n")
     work.write_job(provide().base_url, output="outputs/eval.parquet")
     assert work.run().code == 0
-    ran = subprocess.run([sys.executable, "-c", code], cwd=work.folder, capture_output=True, text=True, check=False)
+    (work.folder / "jobs").mkdir()
+    (work.folder / "in.csv").rename(work.folder / "jobs" / "in.csv")
+    work.job.rename(work.folder / "jobs" / "eval.yaml")
+    ran = subprocess.run(
+        [sys.executable, "-c", code], cwd=work.folder, env=work.environment(), capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
     assert ran.returncode == 0, ran.stderr

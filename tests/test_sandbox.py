@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from jinja2.exceptions import TemplateSyntaxError
 
 from batchrun.errors import JobError
-from batchrun.job import load_job
+from batchrun.loading import load_job
 from batchrun.providers import resolve
 from batchrun.sandbox import Sandbox
 from batchrun.template import NotRenderedError, Template
