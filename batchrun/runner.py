@@ -424,8 +424,8 @@ class Runner:
             self._pacing.stop()
             self._rates.stop()
             self._budget.close()
-            # A deadline was known ahead: what is in flight has the time that it was given.
-            seconds = max(self._stop_seconds, self._awaited) if stop is _DEADLINE else self._stop_seconds
+            # A deadline was known ahead: what is in flight has the time until it, and what any stop leaves on top.
+            seconds = self._stop_seconds + (self._awaited if stop is _DEADLINE else 0.0)
             asyncio.get_running_loop().call_later(seconds, self._cancel)
 
     def _cancel(self) -> None:

@@ -9,7 +9,7 @@ import os
 import random
 import signal
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from decimal import Decimal
 from pathlib import Path
@@ -27,17 +27,15 @@ from .conftest import FakeProvider, Workspace, fake_providers
 
 Provide = Callable[..., FakeProvider]
 LABELS = ["positive", "negative", "neutral"]
-RUNS = 30
+RUNS = 12
 
 
-@pytest.fixture(scope="module")
-def history(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Workspace, Decimal]]:
-    """Thirty runs of three jobs with failures, repairs, reuse, resumes and unknown outcomes; and what was billed."""
-    folder = tmp_path_factory.mktemp("history")
+def made(folder: Path, count: int) -> tuple[Workspace, Decimal]:
+    """Runs of three jobs with failures, repairs, reuse, resumes and unknown outcomes; and what was billed."""
     chance = random.Random(8)
     bill = Decimal(0)
     with fake_providers(folder) as start:
-        for index in range(RUNS):
+        for index in range(count):
             provider = start(
                 bill=chance.choice(["meta", "credits", "mix"]), p400=0.08, p500=0.04, p_hangup=0.03, seed=index,
                 latency=0.02 if index % 7 == 3 else 0,
@@ -60,15 +58,28 @@ def history(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Workspac
             assert work.run().code in (0, 1)
             bill += provider.bill
             provider.stop()
-    yield Workspace(folder), bill
+    return Workspace(folder), bill
+
+
+@pytest.fixture(scope="module")
+def history(tmp_path_factory: pytest.TempPathFactory) -> tuple[Workspace, Decimal]:
+    return made(tmp_path_factory.mktemp("history"), RUNS)
 
 
 def test_every_figure_is_that_of_the_ledger(history: tuple[Workspace, Decimal]) -> None:
-    work, bill = history
+    check_figures(*history, RUNS)
+
+
+@pytest.mark.slow
+def test_every_figure_of_thirty_runs_is_that_of_the_ledger(tmp_path: Path) -> None:
+    check_figures(*made(tmp_path, 30), 30)
+
+
+def check_figures(work: Workspace, bill: Decimal, count: int) -> None:
     found = work.batchrun("report", "--format", "json")
     assert found.code == 0, found.stderr
     runs = {run["run_id"]: run for run in found.json["runs"]}
-    assert len(runs) == RUNS
+    assert len(runs) == count
     usd = unknown = Decimal(0)
     for path in sorted((work.folder / "outputs").glob("*.sqlite")):
         with closing(LedgerView.read(path)) as ledger:
@@ -88,7 +99,7 @@ def test_every_figure_is_that_of_the_ledger(history: tuple[Workspace, Decimal]) 
                 unknown += shown["unknown_attempts"]
     assert runs == {}
     totals_shown = found.json["totals"]
-    assert (totals_shown["runs"], totals_shown["usd_spent"]) == (RUNS, usd)
+    assert (totals_shown["runs"], totals_shown["usd_spent"]) == (count, usd)
     assert totals_shown["usd_spent"] <= bill
     assert unknown > 0
     assert bill - usd <= totals_shown["usd_unknown_at_most"]

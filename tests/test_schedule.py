@@ -36,6 +36,20 @@ def states(work: Workspace) -> list[str]:
         return [state for (state,) in db.execute("SELECT state FROM run ORDER BY run")]
 
 
+def begun(work: Workspace, provide: Provide, rows: int = 20, **keys: Any) -> tuple[FakeProvider, int]:
+    """A run that was left with some of its answers, by Ctrl-C: the provider, and how many rows are answered."""
+    provider = provide(latency=0.4, bill="meta")
+    ready(work, provider, rows=rows, **keys)
+    with work.start("job.yaml") as process:
+        provider.wait_for(3)
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+    assert process.returncode == 130
+    answered = last_run(work)["ok"]
+    assert 2 < answered < rows
+    return provider, answered
+
+
 # --- overlap --------------------------------------------------------------------------------------------------------
 
 
@@ -93,9 +107,7 @@ def test_a_new_run_abandons_the_open_one_whose_money_still_counts(work: Workspac
     first = work.run("--deadline", "0s", "--json")
     assert (first.code, first.json["sent"]) == (3, 0)
     provider.stop()
-    provider = provide(bill="meta", latency=0.2)
-    ready(work, provider, budget={"usd": 1, "per": "month"})
-    assert work.run("--deadline", "1s").code == 3
+    provider, _ = begun(work, provide, budget={"usd": 1, "per": "month"})
     spent = last_run(work)["usd_spent"]
     assert spent == provider.bill > 0
     old = work.run("--max-age", "1h", "--deadline", "0s", "--json")
@@ -126,11 +138,7 @@ def test_an_open_run_that_is_too_old_is_abandoned(work: Workspace, provide: Prov
 
 
 def test_what_has_changed_between_two_tries_is_told(work: Workspace, provide: Provide) -> None:
-    provider = provide(latency=0.2)
-    ready(work, provider, rows=12)
-    assert work.run("--deadline", "1s").code == 3
-    answered = last_run(work)["ok"]
-    assert 0 < answered < 12
+    provider, answered = begun(work, provide, rows=12)
     provider.hurry()
     ready(work, provider, rows=12, concurrency=4, parameters={"max_tokens": 17})
     changed = work.run("--json")
@@ -140,10 +148,7 @@ def test_what_has_changed_between_two_tries_is_told(work: Workspace, provide: Pr
 
 
 def test_unchanged_slots_keep_their_answers(work: Workspace, provide: Provide) -> None:
-    provider = provide(latency=0.4)
-    ready(work, provider, rows=8)
-    assert work.run("--deadline", "1s").code == 3
-    answered = last_run(work)["ok"]
+    provider, answered = begun(work, provide, rows=8)
     provider.hurry()
     ready(work, provider, rows=8, model=["anthropic/claude-sonnet-4", "openai/gpt-4o-mini"])
     result = work.run("--json")
@@ -165,10 +170,7 @@ def test_what_is_asked_again_is_not_too_old(work: Workspace, provide: Provide) -
 
 
 def test_a_call_that_sends_nothing_abandons_nothing(work: Workspace, provide: Provide) -> None:
-    provider = provide(latency=0.3)
-    ready(work, provider, rows=12)
-    assert work.run("--deadline", "1s").code == 3
-    answered = last_run(work)["ok"]
+    provider, answered = begun(work, provide, rows=12)
     provider.hurry()
     for refused in (["--set", "budget={usd: 1}", "--model", "no/price"], ["--set", "parameters.x={{ nothing }}"]):
         result = work.run("--new", *refused)
@@ -181,11 +183,7 @@ def test_a_call_that_sends_nothing_abandons_nothing(work: Workspace, provide: Pr
 
 
 def test_less_input_for_a_while_does_not_end_a_run(work: Workspace, provide: Provide) -> None:
-    provider = provide(latency=0.3)
-    ready(work, provider, rows=12)
-    assert work.run("--deadline", "1.5s").code == 3
-    answered = last_run(work)["ok"]
-    assert 2 < answered < 12
+    provider, answered = begun(work, provide, rows=12)
     provider.hurry()
     part = work.run("--limit", "2", "--json")
     assert (part.code, part.json["rows"], part.json["ok"], part.json["sent"]) == (0, 2, 2, 0)
@@ -210,31 +208,33 @@ def test_a_whole_output_is_not_replaced_by_one_with_nothing(work: Workspace, pro
 @pytest.mark.parametrize("where", ["job", "call"])
 def test_a_deadline_stops_in_time_and_finishes_what_is_in_flight(work: Workspace, provide: Provide, where: str) -> None:
     provider = provide(latency=0.5, bill="meta")
-    ready(work, provider, rows=16, **({"deadline": "3s"} if where == "job" else {}))
+    ready(work, provider, rows=40, **({"deadline": "5s"} if where == "job" else {}))
     began = time.monotonic()
-    result = work.run("--json", *(["--deadline", "3s"] if where == "call" else []))
+    result = work.run("--json", *(["--deadline", "5s"] if where == "call" else []))
     assert (result.code, result.json["reason"]) == (3, "deadline")
     # What was in flight was awaited, and by the deadline it was there.
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 9
     assert result.json["ok"] == len(provider.requests) >= 4
     assert result.json["unknown_outcomes"] == 0
     assert result.json["usd_spent"] == provider.bill
     assert {row["status"] for row in work.rows()} == {"ok", "pending"}
     provider.hurry()
     again = work.run("--deadline", "1h", "--json")
-    assert (again.code, again.json["ok"], len(provider.requests)) == (0, 16, 16)
+    assert (again.code, again.json["ok"], len(provider.requests)) == (0, 40, 40)
 
 
 def test_a_deadline_after_the_last_row_changes_nothing(work: Workspace, provide: Provide) -> None:
-    ready(work, provide(latency=0.7), rows=2)
+    provider = provide(latency=4)
+    ready(work, provider, rows=2)
     # It comes while the last rows are in flight.
-    assert work.run("--deadline", "1s").code == 0
+    assert work.run("--deadline", "3s").code == 0
 
 
 def test_what_is_in_flight_at_the_deadline_has_the_time_that_it_needs(work: Workspace, provide: Provide) -> None:
     provider = provide(latency=2)
-    ready(work, provider, rows=20, concurrency=4, stop_seconds=0.2)
-    result = work.run("--deadline", "3s", "--json")
+    # Less than an answer takes, and more than one answer takes longer than another on a busy machine.
+    ready(work, provider, rows=20, concurrency=4, stop_seconds=1.5)
+    result = work.run("--deadline", "7s", "--json")
     assert (result.code, result.json["reason"], result.json["unknown_outcomes"]) == (3, "deadline", 0)
     assert result.json["ok"] == len(provider.requests) > 0
 
