@@ -73,7 +73,7 @@ class StoredAnswer(NamedTuple):
     slot: Slot
     group: Group
     answers: int
-    """How many the slot has had: one more than its repairs."""
+    """One more than its repairs, which is how many it has had, unless some are lost."""
     is_reused: bool
     body: bytes
     """As it arrived."""
@@ -382,7 +382,7 @@ class LedgerView:
         """The last answer of each slot in rows `start` ≤ index < `stop` that has one, in order."""
         decompress = zstandard.ZstdDecompressor().decompress
         for at, home, model, sample, key, number, is_reused, body, streamed, _ in self.each(
-            "SELECT at, row_index, model, sample, key, count(*), is_reused, body, streamed, max(attempt_id) "
+            "SELECT at, row_index, model, sample, key, max(repair) + 1, is_reused, body, streamed, max(attempt_id) "
             f"FROM ({self.standing_sql(run)}) JOIN answer USING (attempt_id) WHERE outcome = 'ok' "
             "GROUP BY at, model, sample",
             {"run": run.run, "start": start, "stop": stop},

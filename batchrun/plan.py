@@ -241,7 +241,9 @@ class Plan:
         request = request._replace(tries=state.tries)
         if state.repair is None:
             return request
-        return self.reviews.gone_on(ledger, run, request._replace(home=state.home))
+        again = self.reviews.gone_on(ledger, run, request._replace(home=state.home))
+        # An earlier answer may be lost; what was asked is not asked again under its number.
+        return again._replace(repair=state.repair)
 
     def pending_rows(self, ledger: LedgerView, run: Run, rows: int, *, retry_failed: bool) -> Iterator[int]:
         """The rows that `pending` would ask, without reading them."""

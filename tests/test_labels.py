@@ -292,19 +292,39 @@ def test_a_repair_stays_with_its_answer_wherever_the_row_goes(work: Workspace, p
     assert result.json["repairs"] >= 2
 
 
-def test_what_is_salvaged_goes_on_where_a_repair_was_wanted(work: Workspace, provide: Provide) -> None:
+@pytest.mark.parametrize("concurrency", [1, 2])
+def test_what_is_salvaged_goes_on_where_a_repair_was_wanted(
+    work: Workspace, provide: Provide, concurrency: int
+) -> None:
     provider = provide(refuse_after=2)
     work.write_rows(says(["hmm", "hmm", "positive"], ["hm", "hm", "negative"]))
-    work.write_job(provider.base_url, labels=LABELS, repair=2, concurrency=2)
+    work.write_job(provider.base_url, labels=LABELS, repair=3, concurrency=concurrency)
     assert work.run().code == 4
-    with closing(sqlite3.connect(work.ledger)) as db, db:
-        db.execute("UPDATE attempt SET latency_us = 1 WHERE attempt_id = 1")
-    assert work.batchrun("salvage", "job.yaml").code == 1
+    lose_first_answer(work)
     provider.stop()
     provide(port=provider.port)
     result = work.run("--json")
     assert (result.code, result.json["ok"]) == (0, 2), result.stderr
     assert work.batchrun("verify", "job.yaml").code == 0
+
+
+def test_more_repairs_are_made_where_an_answer_is_lost(work: Workspace, provide: Provide) -> None:
+    provider = provide()
+    work.write_rows(says(["hmm", "hm", "positive"]))
+    work.write_job(provider.base_url, labels=LABELS, repair=1)
+    assert work.run().code == 1
+    lose_first_answer(work)
+    work.write_job(provider.base_url, labels=LABELS, repair=3)
+    result = work.run("--retry-failed", "--json")
+    # The provider answers by the conversation, in which the lost answer is missing.
+    assert (result.code, result.json["repairs"], len(provider.requests)) == (0, 3, 4), result.stderr
+    assert work.batchrun("verify", "job.yaml").code == 0
+
+
+def lose_first_answer(work: Workspace) -> None:
+    with closing(sqlite3.connect(work.ledger)) as db, db:
+        db.execute("UPDATE attempt SET latency_us = 1 WHERE attempt_id = 1")
+    assert work.batchrun("salvage", "job.yaml").code == 1
 
 
 def test_more_repairs_are_made_for_answers_that_are_there_if_they_are_wanted(work: Workspace, provide: Provide) -> None:

@@ -90,6 +90,7 @@ def test_what_came_while_the_process_was_stopped_is_read(work: Workspace, provid
         while work.in_flight < 8:
             assert time.monotonic() < deadline
             time.sleep(0.05)
+        time.sleep(0.4)  # their connections are made, and none is answered yet
         process.send_signal(signal.SIGSTOP)
         time.sleep(5)
         process.send_signal(signal.SIGCONT)
