@@ -19,6 +19,7 @@ import click
 from batchrun import __version__
 from batchrun.errors import BatchrunError, ExitCode, JobError, StorageError, exit_code_of
 from batchrun.money import exact_json
+from batchrun.remote import is_url
 from batchrun.tables import harmless
 
 if TYPE_CHECKING:
@@ -118,8 +119,8 @@ def _overrides(
 
 def _from_here(path: str | None, *, is_template: bool = False) -> str | None:
     """A path of the command line, absolute: those of a job are relative to its file."""
-    if path is None:
-        return None
+    if path is None or is_url(path):
+        return path
     try:
         here = str(Path.cwd())
     except OSError as exc:
@@ -212,6 +213,10 @@ def run(
         if as_json:
             _print(exact_json(failed(exc, loaded)))
         raise
+    if outcome.error is not None:
+        if as_json:
+            _print(exact_json(outcome.document))
+        raise outcome.error
     if outcome.summary is None:
         if as_json:
             _print(exact_json(outcome.document))

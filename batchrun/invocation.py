@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 from batchrun import accounts, local
 from batchrun.announce import Before, announce
@@ -31,12 +30,14 @@ from batchrun.progress import Watch, Watcher
 from batchrun.projection import Projection, project
 from batchrun.rates import Rates
 from batchrun.records import Request, now_us
+from batchrun.remote import AnyPath
 from batchrun.runner import ASKED_AGAIN, NO_ROOM, Runner
-from batchrun.sink import check_writable, manifest_of
+from batchrun.sink import check_writable
 from batchrun.spending import cap_reached, check_cap, open_budget, pricings_of, rows_left
 from batchrun.stopper import Stopper
 from batchrun.summary import Summary
 from batchrun.trend import trend_of
+from batchrun.written import manifest_of
 
 _OTHER_FILES = 64
 _OBJECTS_BEFORE_COLLECTION = 20_000
@@ -109,14 +110,16 @@ def run(
                 "for again"
             )
         current = _choose_run(ledger, options)
-        check_writable(plan.output_path(current), None if options.adopt_ledger else job.name)
+        output = plan.output_path(current)
+        in_parts = job.output.part_mb is not None
+        check_writable(output, None if options.adopt_ledger else job.name, in_parts=in_parts)
         before = Before.of(ledger)
         context = _Context(plan, ledger, current, options, say, watch, stopper, before, deadline)
         ledger.begin_invocation(current, job=job.record(), endpoint=plan.endpoint.identity)
         with _end_recorded(ledger, current):
             rows = place(plan, ledger, current)
             settled = announce(plan, ledger, current, rows, before, say, is_sample=options.sample is not None)
-            early = EarlyOutput(plan, current, plan.output_path(current), retry_failed=options.retry_failed)
+            early = EarlyOutput(plan, current, output, retry_failed=options.retry_failed)
             try:
                 ended = _ask(context, rows, settled, early)
                 if ended.stop is not None and ended.stop is not NO_ROOM:
@@ -379,13 +382,16 @@ def _finish(context: _Context, rows: int, ended: _Ended, early: EarlyOutput) -> 
     is_whole = summary.pending == 0
     is_wanted = (is_whole or plan.job.output.partial) and not (stop is not None and stop.is_immediate)
     output = plan.output_path(current)
-    if is_wanted and not (summary.totals.ok or summary.totals.failed or is_whole) and _is_whole(output, current):
+    has_nothing = not (summary.totals.ok or summary.totals.failed or is_whole)
+    if is_wanted and has_nothing and (other := _whole_of_another(output, current)) is not None:
         is_wanted = False
-        say(f"{output} stays as run {(manifest_of(output) or {}).get('run_id')} has left it: this one has nothing yet")
+        say(f"{output} stays as run {other} has left it: this one has nothing yet")
     if is_wanted and is_readable and not is_broken:
         if is_changed:
             early.give_up()
-        derivation = early.finish(summary) or write_output(plan, ledger, current, output, lambda: summary)
+        derivation = early.finish(summary) or write_output(
+            plan, ledger, current, output, lambda: summary, parts=plan.parts(current)
+        )
         ledger.note_output(current)
         summary = replace(with_derived(summary, derivation), output=str(output))
         summary = replace(summary, warnings=_label_warnings(ledger, current, summary))
@@ -400,10 +406,11 @@ def _finish(context: _Context, rows: int, ended: _Ended, early: EarlyOutput) -> 
     return summary
 
 
-def _is_whole(output: Path, run: Run) -> bool:
-    """True if a file is the whole output of another run."""
-    manifest = manifest_of(output) if output.is_file() else None
-    return manifest is not None and manifest.get("run_id") != run.run_id and bool(manifest.get("complete"))
+def _whole_of_another(output: AnyPath, run: Run) -> str | None:
+    """The id of the run whose whole output stands there, if that is another one."""
+    manifest = manifest_of(output) or {}
+    is_another = bool(manifest.get("complete")) and manifest.get("run_id") != run.run_id
+    return str(manifest.get("run_id")) if is_another else None
 
 
 def _label_warnings(ledger: Ledger, run: Run, summary: Summary) -> list[str]:

@@ -14,6 +14,7 @@ from batchrun.errors import JobError
 from batchrun.job import Job, leading_folder, ledger_beside
 from batchrun.jobfile import Document
 from batchrun.overrides import applied
+from batchrun.remote import is_url
 from batchrun.settings import (
     NOT_YET,
     BudgetSetting,
@@ -77,6 +78,11 @@ def load_job(path: Path, overrides: Mapping[str, Any] | None = None) -> Job:
     # The folder itself, not a link to it: `..` must lead to the same ledger from everywhere.
     written = _written_output(document)
     job = job.in_file(path.parent.resolve() / path.name, written, overrides)
+    if job.ledger is None and is_url(written or job.output.path):
+        raise JobError(
+            f"{path}: output: {written or job.output.path} is not on this machine, and the ledger has to be: set "
+            f"ledger: {job.name}.ledger.sqlite"
+        )
     changed: dict[str, Any] = {}
     if isinstance(job.schema_, str):
         changed["schema_"] = _read_schema(job, job.schema_)

@@ -8,10 +8,12 @@ import re
 import string
 from decimal import Decimal
 from typing import Annotated, Any, Literal, get_args
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from batchrun.providers import PROVIDERS, secret_in_plain_sight
+from batchrun.remote import check_url, is_url
 from batchrun.scores import METRICS
 
 NOT_YET = "not yet supported"
@@ -42,7 +44,10 @@ class ColumnSetting(Setting):
 class InputSetting(Setting):
     """Where the rows come from."""
 
-    path: str = Field(min_length=1, description="A path or glob of .csv, .tsv, .parquet or .jsonl files, also .gz.")
+    path: str = Field(
+        min_length=1,
+        description="A path, a glob or a URL (s3://bucket/*.csv) of .csv, .tsv, .parquet or .jsonl files, also .gz.",
+    )
     id: str | None = Field(None, description="A column whose values are unique; it names rows in messages.")
     columns: list[str] | dict[str, str | ColumnSetting | None] | None = Field(
         None,
@@ -62,8 +67,8 @@ class InputSetting(Setting):
 
     @field_validator("path")
     @classmethod
-    def _on_this_machine(cls, value: str) -> str:
-        return local_path(value)
+    def _somewhere(cls, value: str) -> str:
+        return any_path(value)
 
     @field_validator("encoding")
     @classmethod
@@ -215,10 +220,20 @@ class EvaluateSetting(Setting):
 class OutputSetting(Setting):
     """Where the answers go."""
 
-    path: str = Field(min_length=1, description="A .parquet path; {run_id} and {date} (UTC) are filled in.")
+    path: str = Field(
+        min_length=1,
+        description="A .parquet path or URL (s3://bucket/eval.parquet), or a folder with part_mb; {run_id} and {date} "
+        "(UTC) are filled in.",
+    )
     prefix: str = Field("", description="Put before the names of the result columns.")
     answer_prefix: str | None = Field(
         None, description="Put before the names of the columns made of the answers, such as label. Default: prefix."
+    )
+    part_mb: int | None = Field(
+        None,
+        ge=1,
+        le=1_000_000,
+        description="Write a folder of part-….parquet files of so many megabytes at most, and _manifest.json last.",
     )
     partial: bool = Field(
         True, description="Write the file after an unfinished run too; false keeps the last whole one."
@@ -237,9 +252,7 @@ class OutputSetting(Setting):
     @field_validator("path")
     @classmethod
     def _parquet(cls, value: str) -> str:
-        local_path(value)
-        if not value.endswith(".parquet"):
-            raise ValueError(f"{value!r} does not end in .parquet")
+        any_path(value)
         try:
             fields = [field for field in string.Formatter().parse(value) if field[1] is not None]
         except ValueError as exc:
@@ -249,6 +262,15 @@ class OutputSetting(Setting):
                 written = f"{{{name}{'!' + conversion if conversion else ''}{':' + form if form else ''}}}"
                 raise ValueError(f"{written} is no placeholder: there are {{run_id}} and {{date}}")
         return value
+
+    @model_validator(mode="after")
+    def _file_or_folder(self) -> OutputSetting:
+        path = urlsplit(self.path).path if is_url(self.path) else self.path
+        if self.part_mb is None and not path.endswith(".parquet"):
+            raise ValueError(f"{self.path!r} does not end in .parquet; a folder of parts needs part_mb")
+        if self.part_mb is not None and path.endswith(".parquet"):
+            raise ValueError(f"part_mb writes a folder of parts: {self.path!r} should not end in .parquet")
+        return self
 
 
 class FinishSetting(Setting):
@@ -280,8 +302,16 @@ def local_path(path: str) -> str:
     """A path as it is, if this machine can have it."""
     if "\0" in path:
         raise ValueError("holds a NUL character")
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", path):
-        raise ValueError(f"{path!r} is not on this machine: remote paths are {NOT_YET}")
+    if is_url(path):
+        raise ValueError(f"{path!r} is not on this machine, and has to be")
+    return path
+
+
+def any_path(path: str) -> str:
+    """A path as it is, if this machine or a store can have it."""
+    if not is_url(path):
+        return local_path(path)
+    check_url(path)
     return path
 
 

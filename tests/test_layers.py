@@ -8,7 +8,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "batchrun"
 
 FLOORS = [
-    {"errors", "usage", "sse", "columns", "uniqueness", "documents", "folders", "form", "inflate", "scrub"}
+    {"errors", "usage", "sse", "columns", "uniqueness", "documents", "form", "inflate", "scrub", "remote"}
     | {"sandbox", "tables", "evidence", "hook", "spill", "palette"},
     {
         "money",
@@ -16,7 +16,8 @@ FLOORS = [
         "stopper",
         "providers",
         "jobfile",
-        "report_places",
+        "folders",
+        "written",
         "lock",
         "migrations",
         "casts",
@@ -26,7 +27,7 @@ FLOORS = [
         "intervals",
     }
     | {"tolerant", "plain"},
-    {"overrides", "settings", "options"},
+    {"overrides", "settings", "options", "report_places"},
     {"records", "job", "prices", "projection", "fetch", "bill", "confusion", "labels", "page_text"},
     {"failures", "loading", "ledger_view", "transport", "files", "shapes"},
     {"wire", "accounts", "schemas", "spend", "spend_details"},
