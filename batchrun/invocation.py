@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import random
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager, suppress
+from contextlib import AbstractAsyncContextManager, closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 
@@ -26,12 +25,13 @@ from batchrun.money import usd_text
 from batchrun.options import Options
 from batchrun.plan import Plan, place
 from batchrun.prices import Pricing
+from batchrun.process import allow_connections
 from batchrun.progress import Watch, Watcher
 from batchrun.projection import Projection, project
 from batchrun.rates import Rates
 from batchrun.records import Request, now_us
 from batchrun.remote import AnyPath
-from batchrun.runner import ASKED_AGAIN, NO_ROOM, Runner
+from batchrun.runner import ASKED_AGAIN, NO_ROOM, Runner, Sender
 from batchrun.sink import check_writable
 from batchrun.spending import cap_reached, check_cap, open_budget, pricings_of, rows_left
 from batchrun.stopper import Stopper
@@ -39,8 +39,6 @@ from batchrun.summary import Summary
 from batchrun.trend import trend_of
 from batchrun.written import manifest_of
 
-_OTHER_FILES = 64
-_OBJECTS_BEFORE_COLLECTION = 20_000
 _EVER = 2**62
 _BROKEN = (ExitCode.STORAGE, ExitCode.BUG)
 Say = Callable[[str], None]
@@ -94,7 +92,8 @@ def run(
     """
     began = time.monotonic()
     plan = Plan.to_run(job, environ, known_input(job.ledger_path))
-    _allow_connections(job.concurrency)
+    if job.engine.name == "local":
+        allow_connections(job.concurrency)
     opened = Ledger.open(
         job.ledger_path,
         job_name=job.name,
@@ -131,24 +130,6 @@ def run(
                 early.give_up()
         summary = replace(summary, seconds=time.monotonic() - began)
     return _with_advice(plan, summary)
-
-
-def _allow_connections(concurrency: int) -> None:
-    """Each request in flight is an open file; the system's soft limit is often lower than its hard one."""
-    try:
-        import resource
-    except ImportError:  # a system without such limits
-        return
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = concurrency + _OTHER_FILES
-    if soft == resource.RLIM_INFINITY or soft >= wanted:
-        return
-    if hard != resource.RLIM_INFINITY and hard < wanted:
-        raise JobError(
-            f"concurrency {concurrency} needs {wanted} open files, and this system allows {hard}: "
-            f"set concurrency to {max(1, hard - _OTHER_FILES)}, or raise ulimit -n"
-        )
-    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _choose_run(ledger: Ledger, options: Options) -> Run:
@@ -220,15 +201,6 @@ def _change_repairs(context: _Context, rows: int) -> None:
     ledger.drop_reused(current, changes.unreused)
 
 
-def calm_collector() -> None:
-    """What a request leaves behind dies by its counts: the search for cycles finds nothing, in a tenth of the time.
-
-    So modules are taken out of it, and it comes round less often.
-    """
-    gc.freeze()
-    gc.set_threshold(_OBJECTS_BEFORE_COLLECTION)
-
-
 def _new_loop() -> asyncio.AbstractEventLoop:
     """uvloop's where it could be installed: requests cost less on it, streamed ones by a quarter."""
     try:
@@ -262,17 +234,8 @@ async def _drive(
     progress: Watcher | None,
     early: EarlyOutput,
 ) -> _Ended:
-    from batchrun.chat import ChatSender
-
     job, deadline = context.plan.job, context.deadline
-    async with ChatSender(
-        context.plan.endpoint,
-        concurrency=job.concurrency,
-        timeout_seconds=job.timeout_seconds,
-        max_response_bytes=job.max_response_bytes,
-        streamed=job.stream,
-        pricings=pricings,
-    ) as sender:
+    async with _sender(context, pricings) as sender:
         runner = Runner(
             context.ledger,
             context.run,
@@ -301,6 +264,25 @@ async def _drive(
                 if ticking is not None:
                     ticking.cancel()
     return _Ended(stop, runner.sent, budget.refused_pico)
+
+
+def _sender(context: _Context, pricings: Mapping[str, Pricing]) -> AbstractAsyncContextManager[Sender]:
+    """What sends the requests: this process, or the workers of a cluster."""
+    job, endpoint = context.plan.job, context.plan.endpoint
+    if job.engine.name == "ray":
+        from batchrun.cluster import ClusterSender
+
+        return ClusterSender(job, endpoint, pricings, context.say)
+    from batchrun.chat import ChatSender
+
+    return ChatSender(
+        endpoint,
+        concurrency=job.concurrency,
+        timeout_seconds=job.timeout_seconds,
+        max_response_bytes=job.max_response_bytes,
+        streamed=job.stream,
+        pricings=pricings,
+    )
 
 
 def _breaker(context: _Context) -> ErrorRate | None:

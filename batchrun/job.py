@@ -21,6 +21,7 @@ from batchrun.overrides import at
 from batchrun.remote import AnyPath, RemotePath, is_url
 from batchrun.settings import (
     BudgetSetting,
+    EngineSetting,
     EvaluateSetting,
     FinishSetting,
     InputSetting,
@@ -99,6 +100,7 @@ class Job(Setting):
         description="Ask no more rows in time to be done by then: 2h, 90m, 06:00 (this machine's local time, unless it "
         "has an offset) or 2026-11-01T06:00.",
     )
+    engine: EngineSetting = EngineSetting()
     on_finish: FinishSetting | None = None
     output: OutputSetting
     ledger: str | None = Field(None, description="Path of the SQLite file. Default: beside the output.")
@@ -141,6 +143,8 @@ class Job(Setting):
     def _one_local_model(self) -> Job:
         if self.provider.name == "local" and len(self.models) > 1:
             raise ValueError("the provider local serves one model at a time: name one, and give each a job of its own")
+        if self.provider.name == "local" and self.engine.name != "local":
+            raise ValueError("the provider local is a server on this machine, which other machines do not reach")
         return self
 
     @field_validator("deadline")

@@ -16,8 +16,8 @@ from batchrun.jobfile import Document
 from batchrun.overrides import applied
 from batchrun.remote import is_url
 from batchrun.settings import (
-    NOT_YET,
     BudgetSetting,
+    EngineSetting,
     EvaluateSetting,
     FinishSetting,
     InputSetting,
@@ -140,6 +140,7 @@ _MODELS: dict[tuple[str, ...], type[BaseModel]] = {
     ("budget",): BudgetSetting,
     ("output",): OutputSetting,
     ("evaluate",): EvaluateSetting,
+    ("engine",): EngineSetting,
     ("on_finish",): FinishSetting,
 }
 
@@ -156,8 +157,7 @@ def _fault(document: Document, overrides: Mapping[str, Any], error: Any) -> str:
     match error["type"]:
         case "extra_forbidden":
             model = _MODELS.get(tuple(str(part) for part in path[:-1]))
-            fields = model.model_fields.items() if model else ()
-            names = [field.alias or key for key, field in fields if field.description != NOT_YET]
+            names = [field.alias or key for key, field in (model.model_fields.items() if model else ())]
             near = difflib.get_close_matches(str(path[-1]), names, 1)
             mend = f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(names)}"
             return f"{where}{name}: there is no such key: {mend}"
@@ -187,18 +187,16 @@ def _line_of(fault: str) -> int:
 def json_schema() -> dict[str, Any]:
     """The JSON Schema of a job file, for editors."""
     schema = Job.model_json_schema(by_alias=True)
-    for name in ("input", "prompt", "provider", "output"):
+    for name in ("input", "prompt", "provider", "engine", "output"):
         reference = schema["properties"][name]
         description = reference.pop("description", None)
+        reference.pop("default", None)
         forms = reference.pop("anyOf", None) or [dict(reference)]
         reference.clear()
         reference["anyOf"] = [{"type": "string"}, *(form for form in forms if form.get("type") != "null")]
         if description:
             reference["description"] = description
     schema["properties"]["on_finish"]["anyOf"].insert(0, {"type": "array", "items": {"type": "string"}, "minItems": 1})
-    later = [name for name, field in schema["properties"].items() if field.get("description") == NOT_YET]
-    for name in later:
-        del schema["properties"][name]
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["title"] = "batchrun job"
     return schema

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import IO, TYPE_CHECKING, Any
 
-from batchrun.errors import BatchrunError, ExitCode, LedgerHeldError, StorageError, exit_code_of
+from batchrun.errors import BatchrunError, ClusterError, ExitCode, LedgerHeldError, StorageError, exit_code_of
 from batchrun.folders import appearing
 from batchrun.job import Job
 from batchrun.lock import held
@@ -109,6 +109,8 @@ def failed(exc: BaseException | None, job: Job | None = None) -> dict[str, Any]:
         ExitCode.WRONG_JOB: "job", ExitCode.LIMIT: "budget", ExitCode.PROVIDER: "provider", ExitCode.HELD: "running",
         ExitCode.STORAGE: "storage", ExitCode.INTERRUPTED: "interrupted", ExitCode.TERMINATED: "interrupted",
     }.get(exit_code, "bug")  # fmt: skip
+    if isinstance(exc, ClusterError):
+        reason = "cluster"
     is_message = isinstance(exc, BatchrunError | OSError) or reason == "bug"
     return {
         "job": job.name if job is not None else None,

@@ -16,8 +16,6 @@ from batchrun.providers import PROVIDERS, secret_in_plain_sight
 from batchrun.remote import check_url, is_url
 from batchrun.scores import METRICS
 
-NOT_YET = "not yet supported"
-
 
 class Setting(BaseModel):
     """What all settings share."""
@@ -271,6 +269,53 @@ class OutputSetting(Setting):
         if self.part_mb is not None and path.endswith(".parquet"):
             raise ValueError(f"part_mb writes a folder of parts: {self.path!r} should not end in .parquet")
         return self
+
+
+class EngineSetting(Setting):
+    """What sends the requests."""
+
+    name: Literal["local", "ray"] = Field(
+        "local", description="local: this process; ray: workers on the nodes of a Ray cluster."
+    )
+    address: str | None = Field(
+        None,
+        min_length=1,
+        description="Of the cluster, HOST:PORT. Default: RAY_ADDRESS; without it, one of this machine for the run.",
+    )
+    workers: int | None = Field(None, ge=1, le=10_000, description="How many. Default: one a node.")
+    worker_cpus: Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)] = Field(
+        1.0, description="CPUs that a worker takes up of its node."
+    )
+    start_seconds: Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)] = Field(
+        120.0, description="How long to wait for workers to begin."
+    )
+    runtime_env: dict[str, Any] | None = Field(
+        None, description="Ray's: what workers need besides, such as {py_modules: [batchrun-….whl]}. No secrets."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _of_ray(self) -> EngineSetting:
+        others = [name for name, field in EngineSetting.model_fields.items() if getattr(self, name) != field.default]
+        if self.name == "local" and others:
+            raise ValueError(f"{', '.join(others)}: is for the engine ray: add name: ray")
+        return self
+
+    @field_validator("runtime_env")
+    @classmethod
+    def _open(cls, value: Any) -> Any:
+        variables = value.get("env_vars") if isinstance(value, dict) else None
+        for name in variables if isinstance(variables, dict) else ():
+            if secret_in_plain_sight(str(name), ""):
+                raise ValueError(
+                    f"env_vars.{name} looks like a secret, and Ray writes these into its logs: set it in the "
+                    "environment of the nodes"
+                )
+        return plain_numbers(value)
 
 
 class FinishSetting(Setting):

@@ -92,7 +92,7 @@ def test_a_list_of_models_names_each_once(tmp_path: Path) -> None:
         (GOOD + "name: ../../etc/passwd\n", "cannot name a file"),
         (GOOD.replace("input: a.csv", "input: {path: a.csv, encoding: utf-99}"), "no encoding that Python knows"),
         (GOOD + "parameters: {stream: true}\n", "use the key `stream` of the job"),
-        (GOOD.replace("o.parquet", "s3://bucket/o.parquet"), "remote paths are not yet supported"),
+        (GOOD.replace("o.parquet", "s3://bucket/o.parquet"), "is not on this machine, and the ledger has to be"),
         (GOOD.replace("input: a.csv", "input: {path: a.csv, columns: 5}"), "input.columns: should be a list of names"),
     ],
 )

@@ -17,6 +17,7 @@ FLOORS = [
         "providers",
         "jobfile",
         "folders",
+        "process",
         "written",
         "lock",
         "migrations",
@@ -55,7 +56,8 @@ FLOORS = [
         "evaluate",
         "comparison",
     },
-    {"derive", "exports", "journal", "report", "pruning"},
+    {"derive", "exports", "journal", "report", "pruning", "node"},
+    {"cluster"},
     {"report_formats", "report_groups", "report_figures"},
     {"report_charts"},
     {"report_drawn"},
@@ -114,6 +116,7 @@ def test_only_one_room_knows_each_outside_thing() -> None:
         "genai_prices": {"price_sources"},
         "sklearn": {"intervals"}, "scipy": {"intervals"}, "numpy": {"intervals"}, "regex": {"scores"},
         "altair": {"report_charts"}, "vl_convert": {"report_charts"},
+        "ray": {"cluster"}, "fsspec": {"remote"},
         "json_repair": {"tolerant"}, "jsonschema_rs": {"schemas"},
     }  # fmt: skip
     users: dict[str, set[str]] = {name: set() for name in owners}
