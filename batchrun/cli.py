@@ -111,7 +111,8 @@ def _overrides(
         "input.path": _from_here(input_path),
         "output.path": _from_here(output_path, is_template=True),
         "deadline": deadline,
-        "engine.name": engine,
+        # The settings of a cluster mean nothing to this process, and go with it.
+        "engine" if engine == "local" else "engine.name": engine,
         "engine.address": address,
     }
     for key, value in named.items():

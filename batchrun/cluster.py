@@ -7,10 +7,12 @@ it; Ray itself repeats nothing. What a lost worker was asking has an unknown out
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import pickle
 import secrets
 import signal
+import socket
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -33,6 +35,7 @@ from batchrun.settings import EngineSetting
 _MOST_PARCEL_BYTES = 8 * 1024 * 1024
 _LOSSES = 5
 """So many workers lost, and no answer between: more of them would not fare better."""
+_SILENT_SECONDS = 30
 _CLOSE_SECONDS = 10.0
 _STORE_BYTES = 100 * 1024 * 1024
 """Ray's store of objects where a cluster is started for the run: hardly anything goes through it."""
@@ -216,8 +219,8 @@ class ClusterSender:
 
     async def _take(self, hand: _Hand) -> None:
         while True:
-            found: Found = pickle.loads(await hand.actor.finished.remote())
-            self._losses = 0
+            found: Found = pickle.loads(await _signed(asyncio.ensure_future(_awaited(hand.actor.finished.remote()))))
+            self._losses = 0 if found else self._losses
             for attempt_id, exchange in found:
                 asked = hand.asked.pop(attempt_id, None)
                 if asked is not None:
@@ -312,7 +315,13 @@ class _Connection:
     async def begun(self) -> None:
         """Reach the cluster, or start one of this machine alone."""
         self._thread.start()
-        await asyncio.shield(asyncio.wrap_future(self._begun))
+        try:
+            async with asyncio.timeout(self._setting.start_seconds):
+                await asyncio.shield(asyncio.wrap_future(self._begun))
+        except TimeoutError as exc:
+            raise ClusterError(
+                f"the Ray cluster was not reached within {self._setting.start_seconds:g} s (start_seconds)"
+            ) from exc
         # Ray has put handlers of its own in the place of this process's, where Python does not see it.
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
@@ -384,7 +393,11 @@ class _Connection:
                 f"engine.address {address!r}: Ray's client is no part of the cluster: call batchrun on a node of it, "
                 "with address: HOST:PORT"
             )
+        if address not in ("local", "auto"):
+            _knock(address)
         how: dict[str, Any] = {"include_dashboard": False, "object_store_memory": _STORE_BYTES}
+        # What it says of this thread, and of being out of reach, is said by batchrun.
+        logging.getLogger("ray").setLevel(logging.CRITICAL)
         try:
             ray.init(
                 address=address,
@@ -399,9 +412,39 @@ class _Connection:
             raise ClusterError(f"there is no Ray cluster {where} that can be reached: {_first_line(exc)}") from exc
 
 
+class _SilentError(Exception):
+    """A worker gives no sign of life; with the cluster gone, Ray itself may not say so."""
+
+
+async def _signed(reply: asyncio.Future[bytes]) -> bytes:
+    """What a worker says, if it says anything. A second counts only while this process runs."""
+    try:
+        for _ in range(_SILENT_SECONDS):
+            if (await asyncio.wait({reply}, timeout=1))[0]:
+                return reply.result()
+    finally:
+        reply.cancel()
+    raise _SilentError(f"it has given no sign of life for {_SILENT_SECONDS} s")
+
+
+async def _awaited(reference: Any) -> bytes:
+    return bytes(await reference)
+
+
 def _tell(asked: _Asked, exchange: Exchange) -> None:
     if not asked.future.done():
         asked.future.set_result(exchange)
+
+
+def _knock(address: str) -> None:
+    """Whether anybody is at an address: Ray would try for ever."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise JobError(f"engine.address {address!r}: should be HOST:PORT, such as 10.0.0.5:6379")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _CLOSE_SECONDS).close()
+    except OSError as exc:
+        raise ClusterError(f"there is no Ray cluster at {address} that can be reached: {exc}") from exc
 
 
 def _unbegun(exc: Exception) -> BatchrunError:

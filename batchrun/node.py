@@ -9,6 +9,7 @@ import asyncio
 import os
 import pickle
 import socket
+from contextlib import suppress
 from functools import cache
 from hashlib import blake2b
 from pathlib import Path
@@ -21,6 +22,7 @@ from batchrun.process import allow_connections
 from batchrun.providers import Endpoint, resolve
 from batchrun.records import Exchange
 
+SIGN_SECONDS = 2.0
 _GATHERED_SECONDS = 0.002
 """So long what has finished waits for more, so that many go in one message."""
 
@@ -106,9 +108,11 @@ class Worker:
             task.add_done_callback(self._asking.discard)
 
     async def finished(self) -> bytes:
-        """Wait until some requests are done: a pickled `Found`."""
-        await self._has_found.wait()
-        await asyncio.sleep(_GATHERED_SECONDS)
+        """Wait until some requests are done: a pickled `Found`; an empty one is a sign of life."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(SIGN_SECONDS):
+                await self._has_found.wait()
+                await asyncio.sleep(_GATHERED_SECONDS)
         found, self._found = self._found, []
         self._has_found.clear()
         return pickle.dumps(found, pickle.HIGHEST_PROTOCOL)
