@@ -72,7 +72,8 @@ def write_table(
 
 def _write_text(path: AnyPath, batches: Iterable[pa.RecordBatch], writer_of: Callable[[IO[str]], Any]) -> None:
     try:
-        with appearing(path) as raw, TextIOWrapper(raw, encoding="utf-8", newline="", write_through=True) as fp:
+        with appearing(path) as raw:
+            fp = TextIOWrapper(raw, encoding="utf-8", newline="", write_through=True)
             writer = writer_of(fp)
             for batch in batches:
                 writer.write(batch)

@@ -218,6 +218,12 @@ class EvaluateSetting(Setting):
 class OutputSetting(Setting):
     """Where the answers go."""
 
+    part_mb: int | None = Field(
+        None,
+        ge=1,
+        le=1_000_000,
+        description="Write a folder of part-….parquet files of so many megabytes at most, and _manifest.json last.",
+    )
     path: str = Field(
         min_length=1,
         description="A .parquet path or URL (s3://bucket/eval.parquet), or a folder with part_mb; {run_id} and {date} "
@@ -226,12 +232,6 @@ class OutputSetting(Setting):
     prefix: str = Field("", description="Put before the names of the result columns.")
     answer_prefix: str | None = Field(
         None, description="Put before the names of the columns made of the answers, such as label. Default: prefix."
-    )
-    part_mb: int | None = Field(
-        None,
-        ge=1,
-        le=1_000_000,
-        description="Write a folder of part-….parquet files of so many megabytes at most, and _manifest.json last.",
     )
     partial: bool = Field(
         True, description="Write the file after an unfinished run too; false keeps the last whole one."
@@ -249,8 +249,15 @@ class OutputSetting(Setting):
 
     @field_validator("path")
     @classmethod
-    def _parquet(cls, value: str) -> str:
+    def _file_or_folder(cls, value: str, info: ValidationInfo) -> str:
         any_path(value)
+        is_file = (urlsplit(value).path if is_url(value) else value).endswith(".parquet")
+        if "part_mb" in info.data and is_file != (info.data["part_mb"] is None):
+            raise ValueError(
+                f"part_mb writes a folder of parts: {value!r} should not end in .parquet"
+                if is_file
+                else f"{value!r} does not end in .parquet; a folder of parts needs part_mb"
+            )
         try:
             fields = [field for field in string.Formatter().parse(value) if field[1] is not None]
         except ValueError as exc:
@@ -260,15 +267,6 @@ class OutputSetting(Setting):
                 written = f"{{{name}{'!' + conversion if conversion else ''}{':' + form if form else ''}}}"
                 raise ValueError(f"{written} is no placeholder: there are {{run_id}} and {{date}}")
         return value
-
-    @model_validator(mode="after")
-    def _file_or_folder(self) -> OutputSetting:
-        path = urlsplit(self.path).path if is_url(self.path) else self.path
-        if self.part_mb is None and not path.endswith(".parquet"):
-            raise ValueError(f"{self.path!r} does not end in .parquet; a folder of parts needs part_mb")
-        if self.part_mb is not None and path.endswith(".parquet"):
-            raise ValueError(f"part_mb writes a folder of parts: {self.path!r} should not end in .parquet")
-        return self
 
 
 class EngineSetting(Setting):
