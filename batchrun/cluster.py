@@ -25,16 +25,19 @@ from batchrun.chat import priced
 from batchrun.errors import BatchrunError, ClusterError, JobError, MissingHereError
 from batchrun.job import Job
 from batchrun.money import NOT_BILLED
-from batchrun.node import Found, Orders, Parcel, Proof, Worker, build, digest
+from batchrun.node import GATHERED_SECONDS, Found, Orders, Parcel, Proof, Worker, build, digest
 from batchrun.prices import Pricing
 from batchrun.process import note_stuck
 from batchrun.providers import Endpoint
 from batchrun.records import Action, Exchange, Failure, Intent
+from batchrun.remote import is_url
 from batchrun.settings import EngineSetting
 
 _MOST_PARCEL_BYTES = 8 * 1024 * 1024
 _LOSSES = 5
 """So many workers lost, and no answer between: more of them would not fare better."""
+_PAUSE_SECONDS = 1.0
+"""Before another worker is begun in the place of one that could not."""
 _SILENT_SECONDS = 30
 _CLOSE_SECONDS = 10.0
 _STORE_BYTES = 100 * 1024 * 1024
@@ -104,7 +107,7 @@ class ClusterSender:
             secrets.token_bytes(16),
         )
         self._expected = Proof("", build(), digest(endpoint, self._orders.salt))
-        self._connection = _Connection(self._setting)
+        self._connection = _Connection(self._setting, _runtime_env(job))
         self._hands: list[_Hand] = []
         self._unplaced: list[_Asked] = []
         """For the next worker that begins."""
@@ -202,6 +205,7 @@ class ClusterSender:
     async def _give(self, hand: _Hand) -> None:
         while True:
             await hand.woken.wait()
+            await asyncio.sleep(GATHERED_SECONDS)
             hand.woken.clear()
             while hand.queue:
                 parcel: Parcel = []
@@ -257,9 +261,21 @@ class ClusterSender:
     async def _replace(self) -> None:
         try:
             async with asyncio.timeout(self._setting.start_seconds):
-                await self._begin()
+                while not await self._has_begun():  # noqa: ASYNC110 - nobody tells when there is room again
+                    await asyncio.sleep(_PAUSE_SECONDS)
         except TimeoutError as exc:
             raise ClusterError(f"no other worker has begun within {self._setting.start_seconds:g} s") from exc
+
+    async def _has_begun(self) -> bool:
+        """Start a worker; False if it was lost before it could begin."""
+        try:
+            await self._begin()
+        except ClusterError:
+            self._losses += 1
+            if self._losses >= _LOSSES:
+                raise
+            return False
+        return True
 
     def _give_up(self, why: str) -> None:
         """Nothing more can be sent; what is under way may be on the bill."""
@@ -305,8 +321,9 @@ class ClusterSender:
 class _Connection:
     """This process's part in a cluster, in a thread of its own: what a thread has started ends with it."""
 
-    def __init__(self, setting: EngineSetting) -> None:
+    def __init__(self, setting: EngineSetting, runtime_env: dict[str, Any] | None) -> None:
         self._setting = setting
+        self._runtime_env = runtime_env
         self._begun: Future[None] = Future()
         self._is_over = threading.Event()
         self._has_ended = threading.Event()
@@ -401,7 +418,7 @@ class _Connection:
         try:
             ray.init(
                 address=address,
-                runtime_env=self._setting.runtime_env,
+                runtime_env=self._runtime_env,
                 log_to_driver=False,
                 logging_level="ERROR",
                 configure_logging=False,
@@ -434,6 +451,23 @@ async def _awaited(reference: Any) -> bytes:
 def _tell(asked: _Asked, exchange: Exchange) -> None:
     if not asked.future.done():
         asked.future.set_result(exchange)
+
+
+def _runtime_env(job: Job) -> dict[str, Any] | None:
+    """What Ray is to bring to the nodes; paths in it are relative to the job file, as all of a job's are."""
+    setting = job.engine.runtime_env
+    if setting is None:
+        return None
+
+    def here(path: Any) -> Any:
+        return str(job.resolve(path)) if isinstance(path, str) and not is_url(path) else path
+
+    resolved: dict[str, Any] = {
+        name: here(setting[name]) for name in ("working_dir", "pip", "uv", "conda") if name in setting
+    }
+    if isinstance(modules := setting.get("py_modules"), list):
+        resolved["py_modules"] = [here(module) for module in modules]
+    return setting | resolved
 
 
 def _knock(address: str) -> None:

@@ -23,8 +23,8 @@ from batchrun.providers import Endpoint, resolve
 from batchrun.records import Exchange
 
 SIGN_SECONDS = 2.0
-_GATHERED_SECONDS = 0.002
-"""So long what has finished waits for more, so that many go in one message."""
+GATHERED_SECONDS = 0.005
+"""So long what is to go to the other side waits for more: a message costs as much as ten rows."""
 
 Parcel = list[tuple[int, bytes, str]]
 """Requests: the attempt's id, the body, our request id."""
@@ -112,7 +112,7 @@ class Worker:
         with suppress(TimeoutError):
             async with asyncio.timeout(SIGN_SECONDS):
                 await self._has_found.wait()
-                await asyncio.sleep(_GATHERED_SECONDS)
+                await asyncio.sleep(GATHERED_SECONDS)
         found, self._found = self._found, []
         self._has_found.clear()
         return pickle.dumps(found, pickle.HIGHEST_PROTOCOL)

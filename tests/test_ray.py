@@ -213,12 +213,17 @@ def test_workers_that_are_killed_lose_nothing_but_the_knowledge(
             if victims:
                 os.kill(random.choice(victims), signal.SIGKILL)
         stdout, stderr = process.communicate(timeout=240)
-    assert process.returncode == 0, stderr
+    assert process.returncode == 0, said(stderr)
     summary = json.loads(stdout, parse_float=Decimal)
     assert summary["ok"] == 600
     assert summary["unknown_outcomes"] > 0
     assert "was lost" in stderr
     check_bill(work, provider, summary)
+
+
+def said(stderr: str) -> str:
+    """What batchrun has said, without Ray's own words."""
+    return "\n".join(line for line in stderr.splitlines() if line.startswith("batchrun:"))
 
 
 def check_bill(work: Workspace, provider: FakeProvider, summary: dict[str, Any]) -> None:
@@ -244,7 +249,7 @@ def test_a_node_that_goes_takes_its_workers_with_it(
         provider.wait_for(100, 120)
         cluster.tell("kill")
         stdout, stderr = process.communicate(timeout=240)
-    assert process.returncode == 0, stderr
+    assert process.returncode == 0, said(stderr)
     summary = json.loads(stdout, parse_float=Decimal)
     assert summary["ok"] == 500
     check_bill(work, provider, summary)
@@ -383,6 +388,28 @@ def test_a_node_with_another_batchrun_is_refused(
     assert provider.requests == []
 
 
+@pytest.mark.slow
+def test_a_wheel_is_shipped_to_nodes_with_another_batchrun(
+    work: Workspace, provide: Provide, make_cluster: Callable[..., Cluster], tmp_path: Path
+) -> None:
+    root = Path(batchrun.__file__).parent.parent
+    subprocess.run(["uv", "build", "--quiet", "--wheel", "--out-dir", str(work.folder / "dist"), str(root)], check=True)
+    (wheel,) = (work.folder / "dist").glob("*.whl")
+    (tmp_path / "batchrun").mkdir()
+    (tmp_path / "batchrun" / "__init__.py").write_text('__version__ = "0.0.9"\n')
+    cluster = make_cluster(1, PYTHONPATH=str(tmp_path))
+    work.write_rows(["a", "b"])
+    provider = provide()
+    work.write_job(provider.base_url, engine=engine(cluster))
+    code, _, stderr = call(work)
+    assert (code, "install batchrun with all that it needs on every node" in stderr) == (2, True), stderr
+    # Its path is relative to the job file.
+    shipped = {"py_modules": [f"dist/{wheel.name}"]}
+    work.write_job(provider.base_url, engine=engine(cluster, runtime_env=shipped))
+    code, summary, stderr = call(work, "--json")
+    assert (code, summary["ok"]) == (0, 2), stderr
+
+
 def test_the_key_is_in_no_file_of_ray(work: Workspace, provide: Provide, cluster: Cluster) -> None:
     work.write_rows(["a", "b"])
     work.write_job(provide().base_url, engine=engine(cluster))
@@ -413,7 +440,7 @@ def test_twenty_thousand_rows_while_workers_and_a_node_are_killed(
         budget={"usd": 20},
         retry={"max_seconds": 300},
     )
-    with work.start("job.yaml", "--json", "--quiet") as process:
+    with work.start("job.yaml", "--json") as process:
         for count in range(1500, 18_000, 1500):
             provider.wait_for(count, 300)
             if count == 9000:
@@ -421,7 +448,7 @@ def test_twenty_thousand_rows_while_workers_and_a_node_are_killed(
             elif victims := workers_of(cluster):
                 os.kill(chance.choice(victims), signal.SIGKILL)
         stdout, stderr = process.communicate(timeout=600)
-    assert process.returncode == 0, stderr
+    assert process.returncode == 0, said(stderr)
     summary = json.loads(stdout, parse_float=Decimal)
     assert summary["ok"] == 20_000
     assert summary["unknown_outcomes"] > 0

@@ -437,6 +437,21 @@ def test_parts_without_rows(work: Workspace, provide: Provide) -> None:
     assert pd.read_parquet(work.folder / "answers").empty
 
 
+def test_shards_add_up_in_one_report(work: Workspace, provide: Provide) -> None:
+    provider = provide(bill="meta")
+    (work.folder / "state").mkdir()
+    for shard in ("01", "02", "03"):
+        (work.folder / f"shard-{shard}.csv").write_bytes(csv_of([f"{shard} row {number}" for number in range(5)]))
+        work.write_job(
+            provider.base_url, name=f"label-{shard}", input=f"shard-{shard}.csv",
+            output={"path": f"out/{shard}", "part_mb": 1}, ledger=f"state/label-{shard}.ledger.sqlite",
+        )  # fmt: skip
+        assert work.run().code == 0
+    totals = work.batchrun("report", "state", "--format", "json").json["totals"]
+    assert (totals["runs"], totals["ok"], totals["usd_spent"]) == (3, 15, provider.bill)
+    assert sum(len(pd.read_parquet(folder)) for folder in (work.folder / "out").glob("0*")) == 15
+
+
 # --- other stores ---------------------------------------------------------------------------------------------------
 
 
