@@ -29,6 +29,7 @@ from batchrun.loading import load_job
 from batchrun.options import Options, Overlap
 from batchrun.outcome import Outcome, Surroundings, carry_out
 from batchrun.records import CLOCK, Settlement, now_us
+from batchrun.remote import RemotePath, is_url
 from batchrun.stopper import Stopper
 
 if TYPE_CHECKING:  # heavy, and imported where they are used
@@ -77,8 +78,8 @@ class RunResult:
     pending: int
     usd_spent: Decimal
     """By the whole run, of what is known; exact."""
-    output: Path | None
-    """The Parquet; None if none was written."""
+    output: Path | str | None
+    """The Parquet, or the folder of its parts; the URL of one in a store; None if none was written."""
     ledger: Path
     summary: Mapping[str, Any]
     """All that `--json` prints."""
@@ -91,17 +92,21 @@ class RunResult:
         """
         import pandas as pd
 
-        from batchrun.sink import manifest_of
+        from batchrun.written import Written
 
         if self.run_id is None:
             raise StorageError("the call was skipped: another process was at work")
         if self.output is None:
             raise StorageError(f"run {self.run_id} has written no output: `batchrun export` does it ({self.ledger})")
-        manifest = manifest_of(self.output)
-        if manifest is None or manifest.get("run_id") != self.run_id:
-            now = f"is of run {manifest.get('run_id')} by now" if manifest is not None else "cannot be read"
+        written = Written.at(RemotePath.of(self.output) if isinstance(self.output, str) else self.output)
+        if written is None or written.manifest.get("run_id") != self.run_id:
+            now = f"is of run {written.manifest.get('run_id')} by now" if written is not None else "cannot be read"
             raise StorageError(f"{self.output} {now}: `batchrun export` writes that of run {self.run_id}")
-        return pd.read_parquet(self.output, dtype_backend="numpy_nullable")
+        frames = []
+        for path in written.files:
+            with path.open("rb") as fp:
+                frames.append(pd.read_parquet(fp, dtype_backend="numpy_nullable"))
+        return pd.concat(frames, ignore_index=True) if len(frames) > 1 else frames[0]
 
 
 class RunOptions(TypedDict, total=False):
@@ -265,6 +270,8 @@ class _Call:
         if self._error is not None:
             raise self._error
         assert self._outcome is not None
+        if self._outcome.error is not None:
+            raise self._outcome.error
         document = self._outcome.document
         output = document["output"]
         return RunResult(
@@ -277,7 +284,7 @@ class _Call:
             failed=document.get("failed", 0),
             pending=document.get("pending", 0),
             usd_spent=document.get("usd_spent", Decimal(0)),
-            output=Path(output) if output is not None else None,
+            output=_place(output),
             ledger=self._ledger,
             summary=document,
         )
@@ -322,6 +329,10 @@ class _Watcher:
     def close(self) -> None:
         """The sending is over."""
         self.tick()
+
+
+def _place(output: str | None) -> Path | str | None:
+    return Path(output) if output is not None and not is_url(output) else output
 
 
 def _deadline(deadline: str | datetime | timedelta) -> str:

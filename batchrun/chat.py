@@ -9,9 +9,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from decimal import Decimal
 from types import TracebackType
-from typing import Any
+from typing import Any, Required, Self, TypedDict, Unpack
 
 import httpx
 
@@ -32,11 +31,10 @@ _GRACE_SECONDS = 5.0
 _MOST_ERROR_BYTES = 1024 * 1024
 
 
-class ChatSender:
-    """Sends requests to one endpoint.
+class Chat:
+    """Asks one endpoint.
 
     Args:
-        pricings: by model; used where the provider reports no cost.
         timeout_seconds: the whole of one attempt, keep-alives notwithstanding.
         transport: for tests; default is aiohttp's connections.
     """
@@ -49,7 +47,6 @@ class ChatSender:
         timeout_seconds: float,
         max_response_bytes: int,
         streamed: bool,
-        pricings: Mapping[str, Pricing],
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self._endpoint = endpoint
@@ -68,14 +65,13 @@ class ChatSender:
         self._timeout_seconds = timeout_seconds
         self._max_bytes = max_response_bytes
         self._streamed = streamed
-        self._pricings = pricings
         # Shorter than the whole: a connection that was never made must be known as such.
         connect_seconds = min(_CONNECT_SECONDS, 0.9 * timeout_seconds)
         self._transport = transport or Transport(
             endpoint.base_url, concurrency=concurrency, connect_seconds=connect_seconds
         )
 
-    async def __aenter__(self) -> ChatSender:
+    async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(
@@ -83,12 +79,14 @@ class ChatSender:
     ) -> None:
         await self._transport.aclose()
 
-    async def send(self, intent: Intent) -> Exchange:
-        """Send one request. What goes wrong on the way is a value in the exchange, never an exception."""
+    async def ask(self, body: bytes, client_request_id: str) -> Exchange:
+        """Send one request. What goes wrong on the way is a value in the exchange, never an exception.
+
+        Its cost is what the provider has reported; see `priced`.
+        """
         # Given a stream, httpx leaves the headers as they are; the transport adds the length.
-        body = httpx.ByteStream(intent.request.body)
-        request = httpx.Request("POST", self._url, headers=self._headers, stream=body)
-        request.headers["X-Client-Request-Id"] = intent.client_request_id
+        request = httpx.Request("POST", self._url, headers=self._headers, stream=httpx.ByteStream(body))
+        request.headers["X-Client-Request-Id"] = client_request_id
         loop = asyncio.get_running_loop()
         reception = _Reception(loop.time())
         limit = asyncio.timeout(None)
@@ -113,7 +111,7 @@ class ChatSender:
             reception.broke = self._broken(exc)
         finally:
             timer.cancel()
-        return self._exchange(reception, self._pricings[intent.request.slot.model], intent.sent_at)
+        return self._exchange(reception)
 
     def _expire(self, limit: asyncio.Timeout, started: float) -> None:
         """The time is over; but a process that was stopped meanwhile first reads what has come."""
@@ -157,7 +155,7 @@ class ChatSender:
                 if reader.is_done:
                     return  # some servers keep the connection open after [DONE]
 
-    def _exchange(self, reception: _Reception, pricing: Pricing, sent_at: int) -> Exchange:
+    def _exchange(self, reception: _Reception) -> Exchange:
         received = b"".join(reception.pieces)
         raw = self._scrubber.raw(received)
         now = asyncio.get_running_loop().time()
@@ -194,8 +192,7 @@ class ChatSender:
             reader.feed(raw)
         result = reader.close(reception.broke)
         if isinstance(result, Answer):
-            estimate = pricing.usd(result.usage, sent_at)
-            cost = self._cost(result, pricing, estimate)
+            cost = Cost(result.usd, result.usd_source) if result.usd is not None else UNKNOWN
             if self._scrubber.is_in(_texts_of(result)):
                 return exchange("failed", failure=_TOLD_SECRET, usage=result.usage, cost=cost, request_id=request_id)
             return exchange(
@@ -204,7 +201,7 @@ class ChatSender:
                 answer=result,
                 usage=result.usage,
                 cost=cost,
-                flags=self._flags(result, estimate),
+                flags=result.flags,
                 request_id=request_id or result.answer_id,
             )
         never_came = result is reception.broke or result.kind == "incomplete_stream"
@@ -213,28 +210,12 @@ class ChatSender:
             body=raw,
             failure=self._scrubbed(result),
             usage=reader.usage,
-            cost=_failed_cost(reader, pricing),
+            cost=_failed_cost(reader),
             request_id=request_id or result.request_id,
         )
 
     def _reader(self, reception: _Reception) -> AnswerReader:
         return AnswerReader(reception.headers, streamed=self._streamed, cost_in_usage=self._endpoint.cost_in_usage)
-
-    def _cost(self, answer: Answer, pricing: Pricing, estimate: Decimal | None) -> Cost:
-        if self._endpoint.name == "local":
-            return LOCAL
-        if answer.usd is not None:
-            return Cost(answer.usd, answer.usd_source)
-        if pricing.source == "local":
-            return LOCAL
-        return Cost(estimate, pricing.source) if estimate is not None else UNKNOWN
-
-    @staticmethod
-    def _flags(answer: Answer, estimate: Decimal | None) -> tuple[str, ...]:
-        """The answer's own, and whether its reported cost is far from what its tokens should cost."""
-        if estimate and answer.usd is not None and not is_plausible(estimate, answer.usd):
-            return (*answer.flags, "suspicious_cost")
-        return answer.flags
 
     def _broken(self, exc: Exception) -> Failure:
         """A connection that failed. Only one that was never made is known to have cost nothing."""
@@ -250,17 +231,61 @@ class ChatSender:
         return replace(failure, message=message, code=code, upstream_type=upstream_type, request_id=request_id)
 
 
-def _failed_cost(reader: AnswerReader, pricing: Pricing) -> Cost:
+def _failed_cost(reader: AnswerReader) -> Cost:
     """A 2xx that brought no answer: what the provider reports; nothing, if it brought only an error."""
     usd, source = reader.reported_cost()
     if usd is not None:
         return Cost(usd, source)
-    if pricing.source == "local":
-        return LOCAL
     return NOT_BILLED if reader.is_bare_error else UNKNOWN
 
 
 _TOLD_SECRET = Failure("malformed", Action.REJECT, "the answer spells out a secret of this job, and was not kept")
+
+
+def priced(exchange: Exchange, pricing: Pricing, sent_at: int) -> Exchange:
+    """An exchange with the price of what its provider has reported no cost of.
+
+    Args:
+        sent_at: microseconds since 1970, UTC.
+    """
+    if exchange.answer is None and exchange.failure != _TOLD_SECRET:
+        was_received = exchange.status is not None and 200 <= exchange.status < 300
+        is_local = pricing.source == "local" and was_received and exchange.cost.source in (None, NOT_BILLED.source)
+        return exchange._replace(cost=LOCAL) if is_local else exchange
+    if exchange.cost.usd is None and pricing.source == "local":
+        return exchange._replace(cost=LOCAL)
+    estimate = pricing.usd(exchange.usage, sent_at)
+    if exchange.cost.usd is None:
+        return exchange if estimate is None else exchange._replace(cost=Cost(estimate, pricing.source))
+    if estimate and exchange.answer is not None and not is_plausible(estimate, exchange.cost.usd):
+        # The reported cost is far from what its tokens should cost.
+        return exchange._replace(flags=(*exchange.flags, "suspicious_cost"))
+    return exchange
+
+
+class ChatSender(Chat):
+    """Sends requests to one endpoint, from this process.
+
+    Args:
+        pricings: by model; used where the provider reports no cost.
+    """
+
+    def __init__(self, endpoint: Endpoint, *, pricings: Mapping[str, Pricing], **how: Unpack[_How]) -> None:
+        super().__init__(endpoint, **how)
+        self._pricings = pricings
+
+    async def send(self, intent: Intent) -> Exchange:
+        """Send one request; what became of it, and what it cost."""
+        exchange = await self.ask(intent.request.body, intent.client_request_id)
+        return priced(exchange, self._pricings[intent.request.slot.model], intent.sent_at)
+
+
+class _How(TypedDict, total=False):
+    concurrency: Required[int]
+    timeout_seconds: Required[float]
+    max_response_bytes: Required[int]
+    streamed: Required[bool]
+    transport: httpx.AsyncBaseTransport | None
 
 
 def _texts_of(answer: Answer) -> Iterator[str | None]:

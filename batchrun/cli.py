@@ -8,7 +8,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from io import TextIOWrapper
 from math import isfinite
 from pathlib import Path
@@ -19,6 +19,8 @@ import click
 from batchrun import __version__
 from batchrun.errors import BatchrunError, ExitCode, JobError, StorageError, exit_code_of
 from batchrun.money import exact_json
+from batchrun.process import is_stuck
+from batchrun.remote import is_url
 from batchrun.tables import harmless
 
 if TYPE_CHECKING:
@@ -97,6 +99,8 @@ def _overrides(
     input_path: str | None,
     output_path: str | None,
     deadline: str | None = None,
+    engine: str | None = None,
+    address: str | None = None,
 ) -> dict[str, Any]:
     from batchrun.overrides import read
 
@@ -107,6 +111,9 @@ def _overrides(
         "input.path": _from_here(input_path),
         "output.path": _from_here(output_path, is_template=True),
         "deadline": deadline,
+        # The settings of a cluster mean nothing to this process, and go with it.
+        "engine" if engine == "local" else "engine.name": engine,
+        "engine.address": address,
     }
     for key, value in named.items():
         if value is not None:
@@ -118,8 +125,8 @@ def _overrides(
 
 def _from_here(path: str | None, *, is_template: bool = False) -> str | None:
     """A path of the command line, absolute: those of a job are relative to its file."""
-    if path is None:
-        return None
+    if path is None or is_url(path):
+        return path
     try:
         here = str(Path.cwd())
     except OSError as exc:
@@ -166,6 +173,8 @@ def cli() -> None:
     metavar="WHEN",
     help="Ask no more rows in time to be done by then, and exit 3: 2h, 90m, 06:00, 2026-11-01T06:00.",
 )
+@click.option("--engine", metavar="local|ray", help="Send from this process, or from the workers of a Ray cluster.")
+@click.option("--address", metavar="HOST:PORT", help="Of the cluster; default: RAY_ADDRESS, or one for this run alone.")
 @_overridable
 @_AS_JSON
 @click.option("--quiet", "-q", is_flag=True, help="No progress and no summary on stderr; errors only.")
@@ -207,11 +216,17 @@ def run(
             output=sys.stderr,
             begin=_begin,
         )
-        outcome = carry_out(loaded, options, around)
+        # Libraries print what they like: stdout is for data.
+        with redirect_stdout(sys.stderr):
+            outcome = carry_out(loaded, options, around)
     except BaseException as exc:
         if as_json:
             _print(exact_json(failed(exc, loaded)))
         raise
+    if outcome.error is not None:
+        if as_json:
+            _print(exact_json(outcome.document))
+        raise outcome.error
     if outcome.summary is None:
         if as_json:
             _print(exact_json(outcome.document))
@@ -221,7 +236,7 @@ def run(
 
 
 def _begin() -> None:
-    from batchrun.invocation import calm_collector
+    from batchrun.process import calm_collector
 
     calm_collector()
 
@@ -569,6 +584,8 @@ def _leave(code: int) -> NoReturn:
     if not _is_flushed(sys.stdout) and code == ExitCode.OK:
         code = ExitCode.STORAGE
     _is_flushed(sys.stderr)
+    if is_stuck():
+        os._exit(code)
     sys.exit(code)
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from batchrun.comparison import Compared, Comparison
 from batchrun.delivery import expected_batches, results_of
@@ -22,8 +21,9 @@ from batchrun.loading import load_job
 from batchrun.money import exact_json
 from batchrun.plain import plain_column
 from batchrun.plan import Plan
-from batchrun.sink import manifest_of
+from batchrun.remote import AnyPath, RemotePath, is_url
 from batchrun.spill import Spill
+from batchrun.written import Written
 
 
 class _Row(NamedTuple):
@@ -156,18 +156,24 @@ def _exact(usd: float | None) -> Decimal | None:
 
 def _opened(name: str) -> AbstractContextManager[_Side]:
     path, _, run_id = name.partition("@")
-    return _parquet(Path(name)) if name.endswith(".parquet") else _of_ledger(Path(path), run_id)
+    if is_url(name):
+        try:
+            return _of_output(RemotePath.of(name))
+        except OSError as exc:
+            raise JobError(f"{name}: {exc}") from exc
+    is_output = name.endswith(".parquet") or Path(name).is_dir()
+    return _of_output(Path(name)) if is_output else _of_ledger(Path(path), run_id)
 
 
 @contextmanager
-def _parquet(path: Path) -> Iterator[_Side]:
-    manifest = manifest_of(path)
-    if manifest is None or "columns" not in manifest:
+def _of_output(path: AnyPath) -> Iterator[_Side]:
+    written = Written.at(path)
+    if written is None or "columns" not in written.manifest:
         raise JobError(f"{path}: is no output that batchrun has written: name a Parquet, a job file or JOB@RUN")
+    manifest = written.manifest
     models = manifest["model"] if isinstance(manifest["model"], list) else [manifest["model"]]
     try:
-        with pq.ParquetFile(path) as file:
-            yield _Side(f"run {manifest['run_id']} ({path})", manifest["columns"], models, file.iter_batches(8192))
+        yield _Side(f"run {manifest['run_id']} ({path})", manifest["columns"], models, written.batches(8192))
     except (OSError, pa.ArrowException) as exc:
         raise StorageError(f"{path} cannot be read: {exc}") from exc
 

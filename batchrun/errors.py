@@ -5,6 +5,7 @@
     │   ├── InputError      2   the input cannot be read as it stands
     │   └── MissingHereError 2  the job is right, and this machine lacks its key or its model
     ├── ProviderError       4   the provider refuses the account or cannot be reached
+    │   └── ClusterError    4   the cluster cannot be reached, or has no room for a worker
     ├── LimitError          3   a limit of the job keeps anything from being sent
     ├── LedgerHeldError     5   another process holds this job's ledger
     ├── StorageError        6   the ledger or the output cannot be read or written
@@ -69,6 +70,10 @@ class ProviderError(BatchrunError):
     """The provider refuses the account or cannot be reached; what was done is kept."""
 
     exit_code = ExitCode.PROVIDER
+
+
+class ClusterError(ProviderError):
+    """The cluster cannot be reached, or has no room for a worker; what was done is kept."""
 
 
 class LimitError(BatchrunError):

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 from base64 import b64encode
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
+from io import TextIOWrapper
 from math import isfinite
-from pathlib import Path
 from typing import IO, Any
 from uuid import UUID
 
@@ -20,12 +19,13 @@ import pyarrow as pa
 from batchrun.errors import JobError, StorageError, listed
 from batchrun.folders import appearing
 from batchrun.plain import plain_column
-from batchrun.sink import write_parquet
+from batchrun.remote import AnyPath
+from batchrun.sink import Parts, write_parquet, write_parts
 
 ENDINGS = (".csv", ".jsonl", ".parquet")
 
 
-def check_export(path: Path, columns: Sequence[str] | None, schema: pa.Schema) -> list[str]:
+def check_export(path: AnyPath, columns: Sequence[str] | None, schema: pa.Schema) -> list[str]:
     """The columns to write.
 
     Raises:
@@ -41,14 +41,26 @@ def check_export(path: Path, columns: Sequence[str] | None, schema: pa.Schema) -
     return list(columns) if columns else list(schema.names)
 
 
-def write_table(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch], manifest: Callable[[], str]) -> None:
+def write_table(
+    path: AnyPath,
+    schema: pa.Schema,
+    batches: Iterable[pa.RecordBatch],
+    manifest: Callable[[], str],
+    parts: Parts | None = None,
+) -> None:
     """Write batches of a schema.
+
+    Args:
+        parts: of a Parquet that is a folder.
 
     CSV and JSONL hold what has no form in them (bytes, moments, lists in CSV) as text, JSONL NaN and infinity as null.
 
     Raises:
         StorageError: it cannot be written; what stood there before is untouched.
     """
+    if parts is not None:
+        write_parts(path, schema, batches, manifest, parts)
+        return
     match path.suffix.lower():
         case ".parquet":
             write_parquet(path, schema, batches, manifest)
@@ -58,14 +70,14 @@ def write_table(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]
             _write_text(path, batches, lambda fp: _JsonlWriter(fp, schema.names))
 
 
-def _write_text(path: Path, batches: Iterable[pa.RecordBatch], writer_of: Callable[[IO[str]], Any]) -> None:
+def _write_text(path: AnyPath, batches: Iterable[pa.RecordBatch], writer_of: Callable[[IO[str]], Any]) -> None:
     try:
-        with appearing(path) as beside, beside.open("w", encoding="utf-8", newline="") as fp:
+        with appearing(path) as raw:
+            fp = TextIOWrapper(raw, encoding="utf-8", newline="", write_through=True)
             writer = writer_of(fp)
             for batch in batches:
                 writer.write(batch)
-            fp.flush()
-            os.fsync(fp.fileno())
+            fp.detach()
     except OSError as exc:
         raise StorageError(f"{path} cannot be written: {exc.strerror or exc}") from exc
 

@@ -22,11 +22,14 @@ import pyarrow.parquet as pq
 from batchrun.columns import build
 from batchrun.errors import InputError
 from batchrun.jsonl import Record, infer, records
+from batchrun.remote import AnyPath, for_arrow
 from batchrun.textfile import MOST_CHARACTERS, Place, has_places, lines_of, open_text
 
 _BATCH_ROWS = 1024
 _PROBED_ROWS = 8
 _BATCH_BYTES = 4 * 1024 * 1024
+_BUFFER_BYTES, _REMOTE_BUFFER_BYTES = 256 * 1024, 4 * 1024 * 1024
+"""Of each column, read at a time: a store is asked for each."""
 _PLACE_ROWS = 8192
 """Rows between the places that are noted in a text file, so that a row is found again without reading from the top."""
 
@@ -40,7 +43,7 @@ class InputFile(ABC):
         too_exact: columns with a whole number that a float has no room for, and where it stands.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: AnyPath) -> None:
         self.path = path
         self.rows: int | None = None
         self.places: list[Place] = []
@@ -79,13 +82,14 @@ class ParquetInput(InputFile):
     """Rows are found by row groups."""
 
     def _read_schema(self) -> pa.Schema:
-        with pq.ParquetFile(self.path) as parquet:
+        with for_arrow(self.path) as file, pq.ParquetFile(file) as parquet:
             return parquet.schema_arrow.with_metadata(parquet.metadata.metadata)
 
     def _read(self, schema: pa.Schema, skipped: int) -> Iterator[pa.RecordBatch]:
         names = schema.names
         # A buffered stream per column: a row group of any size is never held whole.
-        with pq.ParquetFile(self.path, buffer_size=1 << 18) as parquet:
+        buffered = _BUFFER_BYTES if isinstance(self.path, Path) else _REMOTE_BUFFER_BYTES
+        with for_arrow(self.path) as file, pq.ParquetFile(file, buffer_size=buffered) as parquet:
             for group in range(parquet.num_row_groups):
                 in_group = parquet.metadata.row_group(group).num_rows
                 if in_group <= skipped:
@@ -104,7 +108,7 @@ class _TextInput(InputFile):
 
     _newline = ""
 
-    def __init__(self, path: Path, encoding: str, *, is_gzip: bool) -> None:
+    def __init__(self, path: AnyPath, encoding: str, *, is_gzip: bool) -> None:
         super().__init__(path)
         self._encoding = encoding
         self._is_gzip = is_gzip
@@ -132,7 +136,7 @@ class _TextInput(InputFile):
 class CsvInput(_TextInput):
     """All columns are text, and an empty cell is the empty string."""
 
-    def __init__(self, path: Path, encoding: str, *, is_gzip: bool, delimiter: str) -> None:
+    def __init__(self, path: AnyPath, encoding: str, *, is_gzip: bool, delimiter: str) -> None:
         super().__init__(path, encoding, is_gzip=is_gzip)
         self._delimiter = delimiter
 
@@ -224,7 +228,7 @@ class JsonlInput(_TextInput):
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[None]:
+def reading(path: AnyPath) -> Iterator[None]:
     """Errors of files and formats as ours."""
     try:
         yield

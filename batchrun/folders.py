@@ -6,6 +6,9 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
+
+from batchrun.remote import AnyPath
 
 _CHUNK = 1024 * 1024
 
@@ -38,18 +41,43 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def appearing(path: Path) -> Iterator[Path]:
+def appearing(path: AnyPath) -> Iterator[IO[bytes]]:
     """A file that appears whole or not at all: written beside its place, and put into it at the end.
 
     Raises:
         OSError: it cannot be; what stood there before is untouched.
     """
-    beside = path.with_name(f".{path.name}.part")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = hidden(path)
+    with written_beside(beside) as fp:
+        yield fp
     try:
-        yield beside
-        beside.replace(path)
+        beside.replace(path)  # type: ignore[arg-type]
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    if isinstance(path, Path):
+        sync_folder(path.parent)
+
+
+@contextmanager
+def written_beside(beside: AnyPath) -> Iterator[IO[bytes]]:
+    """A file that is on the disk, whole, or not there; its folder is made.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    beside.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with beside.open("wb") as fp:
+            yield fp
+            fp.flush()
+            if isinstance(beside, Path):
+                os.fsync(fp.fileno())
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def hidden(path: AnyPath) -> AnyPath:
+    """Where a file is written before it is put into its place; readers of folders pass it by."""
+    return path.with_name(f".{path.name}.part")

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import random
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager, suppress
+from contextlib import AbstractAsyncContextManager, closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 from batchrun import accounts, local
 from batchrun.announce import Before, announce
@@ -27,19 +25,20 @@ from batchrun.money import usd_text
 from batchrun.options import Options
 from batchrun.plan import Plan, place
 from batchrun.prices import Pricing
+from batchrun.process import allow_connections
 from batchrun.progress import Watch, Watcher
 from batchrun.projection import Projection, project
 from batchrun.rates import Rates
 from batchrun.records import Request, now_us
-from batchrun.runner import ASKED_AGAIN, NO_ROOM, Runner
-from batchrun.sink import check_writable, manifest_of
+from batchrun.remote import AnyPath
+from batchrun.runner import ASKED_AGAIN, NO_ROOM, Runner, Sender
+from batchrun.sink import check_writable
 from batchrun.spending import cap_reached, check_cap, open_budget, pricings_of, rows_left
 from batchrun.stopper import Stopper
 from batchrun.summary import Summary
 from batchrun.trend import trend_of
+from batchrun.written import manifest_of
 
-_OTHER_FILES = 64
-_OBJECTS_BEFORE_COLLECTION = 20_000
 _EVER = 2**62
 _BROKEN = (ExitCode.STORAGE, ExitCode.BUG)
 Say = Callable[[str], None]
@@ -93,7 +92,8 @@ def run(
     """
     began = time.monotonic()
     plan = Plan.to_run(job, environ, known_input(job.ledger_path))
-    _allow_connections(job.concurrency)
+    if job.engine.name == "local":
+        allow_connections(job.concurrency)
     opened = Ledger.open(
         job.ledger_path,
         job_name=job.name,
@@ -109,14 +109,16 @@ def run(
                 "for again"
             )
         current = _choose_run(ledger, options)
-        check_writable(plan.output_path(current), None if options.adopt_ledger else job.name)
+        output = plan.output_path(current)
+        in_parts = job.output.part_mb is not None
+        check_writable(output, None if options.adopt_ledger else job.name, in_parts=in_parts)
         before = Before.of(ledger)
         context = _Context(plan, ledger, current, options, say, watch, stopper, before, deadline)
         ledger.begin_invocation(current, job=job.record(), endpoint=plan.endpoint.identity)
         with _end_recorded(ledger, current):
             rows = place(plan, ledger, current)
             settled = announce(plan, ledger, current, rows, before, say, is_sample=options.sample is not None)
-            early = EarlyOutput(plan, current, plan.output_path(current), retry_failed=options.retry_failed)
+            early = EarlyOutput(plan, current, output, retry_failed=options.retry_failed)
             try:
                 ended = _ask(context, rows, settled, early)
                 if ended.stop is not None and ended.stop is not NO_ROOM:
@@ -128,24 +130,6 @@ def run(
                 early.give_up()
         summary = replace(summary, seconds=time.monotonic() - began)
     return _with_advice(plan, summary)
-
-
-def _allow_connections(concurrency: int) -> None:
-    """Each request in flight is an open file; the system's soft limit is often lower than its hard one."""
-    try:
-        import resource
-    except ImportError:  # a system without such limits
-        return
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = concurrency + _OTHER_FILES
-    if soft == resource.RLIM_INFINITY or soft >= wanted:
-        return
-    if hard != resource.RLIM_INFINITY and hard < wanted:
-        raise JobError(
-            f"concurrency {concurrency} needs {wanted} open files, and this system allows {hard}: "
-            f"set concurrency to {max(1, hard - _OTHER_FILES)}, or raise ulimit -n"
-        )
-    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _choose_run(ledger: Ledger, options: Options) -> Run:
@@ -217,15 +201,6 @@ def _change_repairs(context: _Context, rows: int) -> None:
     ledger.drop_reused(current, changes.unreused)
 
 
-def calm_collector() -> None:
-    """What a request leaves behind dies by its counts: the search for cycles finds nothing, in a tenth of the time.
-
-    So modules are taken out of it, and it comes round less often.
-    """
-    gc.freeze()
-    gc.set_threshold(_OBJECTS_BEFORE_COLLECTION)
-
-
 def _new_loop() -> asyncio.AbstractEventLoop:
     """uvloop's where it could be installed: requests cost less on it, streamed ones by a quarter."""
     try:
@@ -259,17 +234,8 @@ async def _drive(
     progress: Watcher | None,
     early: EarlyOutput,
 ) -> _Ended:
-    from batchrun.chat import ChatSender
-
     job, deadline = context.plan.job, context.deadline
-    async with ChatSender(
-        context.plan.endpoint,
-        concurrency=job.concurrency,
-        timeout_seconds=job.timeout_seconds,
-        max_response_bytes=job.max_response_bytes,
-        streamed=job.stream,
-        pricings=pricings,
-    ) as sender:
+    async with _sender(context, pricings) as sender:
         runner = Runner(
             context.ledger,
             context.run,
@@ -298,6 +264,25 @@ async def _drive(
                 if ticking is not None:
                     ticking.cancel()
     return _Ended(stop, runner.sent, budget.refused_pico)
+
+
+def _sender(context: _Context, pricings: Mapping[str, Pricing]) -> AbstractAsyncContextManager[Sender]:
+    """What sends the requests: this process, or the workers of a cluster."""
+    job, endpoint = context.plan.job, context.plan.endpoint
+    if job.engine.name == "ray":
+        from batchrun.cluster import ClusterSender
+
+        return ClusterSender(job, endpoint, pricings, context.say)
+    from batchrun.chat import ChatSender
+
+    return ChatSender(
+        endpoint,
+        concurrency=job.concurrency,
+        timeout_seconds=job.timeout_seconds,
+        max_response_bytes=job.max_response_bytes,
+        streamed=job.stream,
+        pricings=pricings,
+    )
 
 
 def _breaker(context: _Context) -> ErrorRate | None:
@@ -379,13 +364,16 @@ def _finish(context: _Context, rows: int, ended: _Ended, early: EarlyOutput) -> 
     is_whole = summary.pending == 0
     is_wanted = (is_whole or plan.job.output.partial) and not (stop is not None and stop.is_immediate)
     output = plan.output_path(current)
-    if is_wanted and not (summary.totals.ok or summary.totals.failed or is_whole) and _is_whole(output, current):
+    has_nothing = not (summary.totals.ok or summary.totals.failed or is_whole)
+    if is_wanted and has_nothing and (other := _whole_of_another(output, current)) is not None:
         is_wanted = False
-        say(f"{output} stays as run {(manifest_of(output) or {}).get('run_id')} has left it: this one has nothing yet")
+        say(f"{output} stays as run {other} has left it: this one has nothing yet")
     if is_wanted and is_readable and not is_broken:
         if is_changed:
             early.give_up()
-        derivation = early.finish(summary) or write_output(plan, ledger, current, output, lambda: summary)
+        derivation = early.finish(summary) or write_output(
+            plan, ledger, current, output, lambda: summary, parts=plan.parts(current)
+        )
         ledger.note_output(current)
         summary = replace(with_derived(summary, derivation), output=str(output))
         summary = replace(summary, warnings=_label_warnings(ledger, current, summary))
@@ -400,10 +388,11 @@ def _finish(context: _Context, rows: int, ended: _Ended, early: EarlyOutput) -> 
     return summary
 
 
-def _is_whole(output: Path, run: Run) -> bool:
-    """True if a file is the whole output of another run."""
-    manifest = manifest_of(output) if output.is_file() else None
-    return manifest is not None and manifest.get("run_id") != run.run_id and bool(manifest.get("complete"))
+def _whole_of_another(output: AnyPath, run: Run) -> str | None:
+    """The id of the run whose whole output stands there, if that is another one."""
+    manifest = manifest_of(output) or {}
+    is_another = bool(manifest.get("complete")) and manifest.get("run_id") != run.run_id
+    return str(manifest.get("run_id")) if is_another else None
 
 
 def _label_warnings(ledger: Ledger, run: Run, summary: Summary) -> list[str]:

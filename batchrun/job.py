@@ -11,14 +11,17 @@ from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import unquote, urlsplit
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from batchrun.errors import JobError
 from batchrun.moments import deadline_of
 from batchrun.overrides import at
+from batchrun.remote import AnyPath, RemotePath, is_url
 from batchrun.settings import (
     BudgetSetting,
+    EngineSetting,
     EvaluateSetting,
     FinishSetting,
     InputSetting,
@@ -97,6 +100,7 @@ class Job(Setting):
         description="Ask no more rows in time to be done by then: 2h, 90m, 06:00 (this machine's local time, unless it "
         "has an offset) or 2026-11-01T06:00.",
     )
+    engine: EngineSetting = EngineSetting()
     on_finish: FinishSetting | None = None
     output: OutputSetting
     ledger: str | None = Field(None, description="Path of the SQLite file. Default: beside the output.")
@@ -139,6 +143,8 @@ class Job(Setting):
     def _one_local_model(self) -> Job:
         if self.provider.name == "local" and len(self.models) > 1:
             raise ValueError("the provider local serves one model at a time: name one, and give each a job of its own")
+        if self.provider.name == "local" and self.engine.name != "local":
+            raise ValueError("the provider local is a server on this machine, which other machines do not reach")
         return self
 
     @field_validator("deadline")
@@ -199,11 +205,26 @@ class Job(Setting):
 
     def resolve(self, path: str) -> Path:
         """A path of the job file as it stands there: relative ones start at the job file's folder."""
+        if path.startswith("file://"):
+            path = unquote(urlsplit(path).path)
         try:
             expanded = Path(path).expanduser()
         except RuntimeError:
             raise JobError(f"{path}: there is no such user") from None
         return Path(os.path.normpath(self._path.parent / expanded))
+
+    def place_of(self, path: str) -> AnyPath:
+        """Where an input or an output of the job file is: on this machine, or in a store.
+
+        Raises:
+            JobError: it is in a store that nothing here opens.
+        """
+        if not is_url(path):
+            return self.resolve(path)
+        try:
+            return RemotePath.of(path)
+        except OSError as exc:
+            raise JobError(f"{path}: {exc}") from exc
 
     @property
     def ledger_path(self) -> Path:
@@ -213,7 +234,9 @@ class Job(Setting):
     @property
     def last_run_path(self) -> Path:
         """Where the outcome of the newest invocation is told to machines: beside the output that the job file names."""
-        beside = self.resolve(ledger_beside(self._written_output or self.output.path, self.name))
+        output = self._written_output or self.output.path
+        # What is in a store has no neighbour on this machine but the ledger.
+        beside = self.ledger_path if is_url(output) else self.resolve(ledger_beside(output, self.name))
         return beside.with_name(f"{self.name}.last-run.json")
 
     @property

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 
 from batchrun.documents import sound
 from batchrun.errors import InputError
+from batchrun.remote import AnyPath
 
 _EXACT = 2**53
 """Beyond it a float has no room for every whole number."""
@@ -34,7 +34,7 @@ class Inferred(NamedTuple):
     """Columns with a whole number that no float can hold: the line of the first, and the number."""
 
 
-def records(lines: Iterable[str], path: Path, first_line: int = 0) -> Iterator[Record]:
+def records(lines: Iterable[str], path: AnyPath, first_line: int = 0) -> Iterator[Record]:
     """Every record of a file. `first_line`: the number of lines before these.
 
     Raises:
@@ -57,7 +57,7 @@ def records(lines: Iterable[str], path: Path, first_line: int = 0) -> Iterator[R
         yield Record(number, line.strip(), content)
 
 
-def infer(found: Iterable[Record], path: Path) -> Inferred:
+def infer(found: Iterable[Record], path: AnyPath) -> Inferred:
     """The types of all records: JSON has no schema, and the first record need not show every column.
 
     Raises:

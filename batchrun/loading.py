@@ -14,9 +14,10 @@ from batchrun.errors import JobError
 from batchrun.job import Job, leading_folder, ledger_beside
 from batchrun.jobfile import Document
 from batchrun.overrides import applied
+from batchrun.remote import is_url
 from batchrun.settings import (
-    NOT_YET,
     BudgetSetting,
+    EngineSetting,
     EvaluateSetting,
     FinishSetting,
     InputSetting,
@@ -77,6 +78,11 @@ def load_job(path: Path, overrides: Mapping[str, Any] | None = None) -> Job:
     # The folder itself, not a link to it: `..` must lead to the same ledger from everywhere.
     written = _written_output(document)
     job = job.in_file(path.parent.resolve() / path.name, written, overrides)
+    if job.ledger is None and is_url(written or job.output.path):
+        raise JobError(
+            f"{path}: output: {written or job.output.path} is not on this machine, and the ledger has to be: set "
+            f"ledger: {job.name}.ledger.sqlite"
+        )
     changed: dict[str, Any] = {}
     if isinstance(job.schema_, str):
         changed["schema_"] = _read_schema(job, job.schema_)
@@ -134,6 +140,7 @@ _MODELS: dict[tuple[str, ...], type[BaseModel]] = {
     ("budget",): BudgetSetting,
     ("output",): OutputSetting,
     ("evaluate",): EvaluateSetting,
+    ("engine",): EngineSetting,
     ("on_finish",): FinishSetting,
 }
 
@@ -150,8 +157,7 @@ def _fault(document: Document, overrides: Mapping[str, Any], error: Any) -> str:
     match error["type"]:
         case "extra_forbidden":
             model = _MODELS.get(tuple(str(part) for part in path[:-1]))
-            fields = model.model_fields.items() if model else ()
-            names = [field.alias or key for key, field in fields if field.description != NOT_YET]
+            names = [field.alias or key for key, field in (model.model_fields.items() if model else ())]
             near = difflib.get_close_matches(str(path[-1]), names, 1)
             mend = f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(names)}"
             return f"{where}{name}: there is no such key: {mend}"
@@ -181,18 +187,16 @@ def _line_of(fault: str) -> int:
 def json_schema() -> dict[str, Any]:
     """The JSON Schema of a job file, for editors."""
     schema = Job.model_json_schema(by_alias=True)
-    for name in ("input", "prompt", "provider", "output"):
+    for name in ("input", "prompt", "provider", "engine", "output"):
         reference = schema["properties"][name]
         description = reference.pop("description", None)
+        reference.pop("default", None)
         forms = reference.pop("anyOf", None) or [dict(reference)]
         reference.clear()
         reference["anyOf"] = [{"type": "string"}, *(form for form in forms if form.get("type") != "null")]
         if description:
             reference["description"] = description
     schema["properties"]["on_finish"]["anyOf"].insert(0, {"type": "array", "items": {"type": "string"}, "minItems": 1})
-    later = [name for name, field in schema["properties"].items() if field.get("description") == NOT_YET]
-    for name in later:
-        del schema["properties"][name]
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["title"] = "batchrun job"
     return schema

@@ -24,10 +24,10 @@ from batchrun.plan import Plan, place
 from batchrun.prices import Pricing
 from batchrun.providers import resolve
 from batchrun.records import RowFault, now_us
-from batchrun.sink import manifest_of
 from batchrun.spending import pricings_of, refuse_boundless
 from batchrun.summary import Summary
 from batchrun.template import NotRenderedError
+from batchrun.written import manifest_of
 
 _MOST_FAULTS = 5
 _Changes = Iterator[tuple[int, Decimal, str]]
@@ -208,13 +208,14 @@ def rewrite(
     plan = Plan.to_read(job.with_shape_of(known.job), known.endpoint)
     output = plan.output_path(run)
     if to is not None:
-        if to.absolute().resolve() == output.resolve():
+        if isinstance(output, Path) and to.absolute().resolve() == output.resolve():
             raise JobError(f"--to: {to} is the output of the job itself: name another file, or leave --to out")
         output = plan.refuse_own(to.absolute(), "--to")
-    names = check_export(output, columns, plan.schema)
+    names = check_export(to, columns, plan.schema) if to is not None else plan.schema.names
     rows = place(plan, ledger, run)
     summary = replace(summarise(plan, ledger, run, rows), output=str(output), reason=known.reason)
-    derivation = write_output(plan, ledger, run, output, lambda: summary, names=names)
+    parts = plan.parts(run) if to is None else None
+    derivation = write_output(plan, ledger, run, output, lambda: summary, names=names, parts=parts)
     if to is None:
         ledger.note_output(run)
     # Answers that do not fit were told of by the run.

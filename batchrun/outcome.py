@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import IO, TYPE_CHECKING, Any
 
-from batchrun.errors import BatchrunError, ExitCode, LedgerHeldError, StorageError, exit_code_of
+from batchrun.errors import BatchrunError, ClusterError, ExitCode, LedgerHeldError, StorageError, exit_code_of
 from batchrun.folders import appearing
 from batchrun.job import Job
 from batchrun.lock import held
@@ -35,7 +35,9 @@ class Outcome:
     document: dict[str, Any]
     """What `--json` prints, and `<name>.last-run.json` holds."""
     summary: Summary | None = None
-    """None if another process was at work, and this one has left it to that."""
+    """None if another process was at work, and this one has left it to that; or if an error has ended the call."""
+    error: BaseException | None = None
+    """What has ended it, for the caller to raise."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,8 @@ def carry_out(job: Job, options: Options, around: Surroundings) -> Outcome:
     """Run a job and tell machines how it ended, whatever that was.
 
     Raises:
-        BatchrunError: whatever keeps the job from being run; its `exit_code` is the process's.
+        LedgerHeldError: another process is at work.
+        BatchrunError: the lock cannot be taken. What goes wrong under it is in the outcome.
     """
     began = now_us()
     # Before the wait for another process: what 06:00 means must not change by it.
@@ -93,13 +96,10 @@ def carry_out(job: Job, options: Options, around: Surroundings) -> Outcome:
     warning = _finish(job, told, around)
     if warning is not None:
         around.warn(f"warning: {warning}")
-    if outcome is None or outcome.summary is None:
-        assert error is not None
-        raise error
+    ended = outcome or Outcome(exit_code_of(error), told, error=error)
     if warning is None:
-        return outcome
-    warnings = [*outcome.summary.warnings, warning]
-    return replace(outcome, document=outcome.document | {"warnings": warnings})
+        return ended
+    return replace(ended, document=ended.document | {"warnings": [*ended.document.get("warnings", []), warning]})
 
 
 def failed(exc: BaseException | None, job: Job | None = None) -> dict[str, Any]:
@@ -109,6 +109,8 @@ def failed(exc: BaseException | None, job: Job | None = None) -> dict[str, Any]:
         ExitCode.WRONG_JOB: "job", ExitCode.LIMIT: "budget", ExitCode.PROVIDER: "provider", ExitCode.HELD: "running",
         ExitCode.STORAGE: "storage", ExitCode.INTERRUPTED: "interrupted", ExitCode.TERMINATED: "interrupted",
     }.get(exit_code, "bug")  # fmt: skip
+    if isinstance(exc, ClusterError):
+        reason = "cluster"
     is_message = isinstance(exc, BatchrunError | OSError) or reason == "bug"
     return {
         "job": job.name if job is not None else None,
@@ -174,10 +176,8 @@ def _tell(job: Job, document: dict[str, Any], around: Surroundings) -> None:
         return
     path = job.last_run_path
     try:
-        with appearing(path) as beside, beside.open("w", encoding="utf-8", errors="backslashreplace") as fp:
-            fp.write(f"{exact_json(document)}\n")
-            fp.flush()
-            os.fsync(fp.fileno())
+        with appearing(path) as fp:
+            fp.write(f"{exact_json(document)}\n".encode(errors="backslashreplace"))
     except OSError as exc:
         around.warn(f"warning: {path} cannot be written: {exc.strerror or exc}")
 

@@ -11,7 +11,7 @@ from batchrun.jobfile import Document
 
 _FIXED = ("name", "ledger")
 # What a text stands for where the job file may have a text or a mapping.
-_SHORT = {"input": "path", "output": "path", "provider": "name", "prompt": "user"}
+_SHORT = {"input": "path", "output": "path", "provider": "name", "prompt": "user", "engine": "name"}
 
 
 def read(assignments: Sequence[str]) -> dict[str, Any]:

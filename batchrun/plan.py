@@ -23,11 +23,13 @@ from batchrun.plain import plain_column, plain_rows
 from batchrun.providers import Endpoint, resolve
 from batchrun.rates import prompt_tokens
 from batchrun.records import Asked, Request, RowFault, RowSlots, Slot
+from batchrun.remote import AnyPath
 from batchrun.reviews import Reviews
-from batchrun.sink import check_schema
+from batchrun.sink import Parts, check_schema
 from batchrun.source import Batch, Source
 from batchrun.template import NotRenderedError, Template
 from batchrun.uniqueness import UniqueValues
+from batchrun.written import part_name
 
 _STATES_AT_ONCE = 10_000
 
@@ -125,24 +127,33 @@ class Plan:
         """True if the files of the input are those that a run's answers were placed by. `placed`: the run's own."""
         return placed is not None and self.source.fingerprint() == placed["files"]
 
-    def output_path(self, run: Run) -> Path:
-        """Where a run's Parquet goes; `{date}` is the day on which the run began."""
+    def output_path(self, run: Run) -> AnyPath:
+        """Where a run's output goes; `{date}` is the day on which the run began."""
         started = datetime.fromtimestamp(run.started_at / 1e6, UTC)
-        path = self.job.resolve(self.job.output.path.format(run_id=run.run_id, date=started.strftime("%Y-%m-%d")))
+        path = self.job.place_of(self.job.output.path.format(run_id=run.run_id, date=started.strftime("%Y-%m-%d")))
         return self.refuse_own(path, "output")
 
-    def refuse_own(self, path: Path, where: str) -> Path:
+    def parts(self, run: Run) -> Parts | None:
+        """How the output is written, if it is a folder."""
+        most = self.job.output.part_mb
+        return Parts(most * 1_000_000, {"job": self.job.name, "run_id": run.run_id}) if most is not None else None
+
+    def refuse_own(self, path: AnyPath, where: str) -> AnyPath:
         """A path that is to be written to, if nothing of the job stands there. `where`: what names it.
 
         Raises:
             JobError: it is the input, the ledger or the job file.
         """
-        taken = {
+        taken: dict[AnyPath, str] = {
             **dict.fromkeys(self.source.paths, "the input"),
             _real(self.job.ledger_path): "the ledger",
             _real(self.job.path): "the job file",
         }
-        if (other := taken.get(_real(path))) is not None or self.source.would_read(path):
+        real = _real(path)
+        if any(file.parent == real for file in self.source.paths) and self.job.output.part_mb is not None:
+            raise JobError(f"{where}: the folder {path} holds the input too: name another folder")
+        is_read = self.source.would_read(path) or self.source.would_read(path / part_name(0))
+        if (other := taken.get(real)) is not None or is_read:
             raise JobError(f"{where}: {path} is {other or 'part of the input'} too: name another file")
         return path
 
@@ -310,9 +321,9 @@ class Plan:
         raise JobError(f"the input has columns named like results ({', '.join(doubled)}): {mend}")
 
 
-def _real(path: Path) -> Path:
+def _real(path: AnyPath) -> AnyPath:
     """Where links lead; unlike `Path.resolve`, also for those that lead round in a circle."""
-    return Path(os.path.realpath(path))
+    return Path(os.path.realpath(path)) if isinstance(path, Path) else path
 
 
 def _is_wanted(state: SlotState | None, retry_failed: bool) -> bool:

@@ -74,7 +74,7 @@ class Failure:
 
     kind: str
     """auth, billing, quota, forbidden, bad_request, not_found, redirect, rate_limit, overloaded, server, timeout,
-    connect, disconnect, malformed, incomplete_stream, interrupted."""
+    connect, disconnect, malformed, incomplete_stream, interrupted; of the engine: worker, cluster."""
     action: Action
     message: str
     code: str | None = None
@@ -86,6 +86,11 @@ class Failure:
     def is_providers_fault(self) -> bool:
         """True if the provider asks for fewer requests, or was not reached: any row would have met the same."""
         return self.action is Action.PACE or self.kind == "connect"
+
+    @property
+    def is_engines_fault(self) -> bool:
+        """True if whoever was to send it was lost: it says nothing of the provider, nor of the row."""
+        return self.kind in ("worker", "cluster")
 
     def __str__(self) -> str:
         named = f"{self.kind} ({self.code})" if self.code else self.kind

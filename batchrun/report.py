@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -24,14 +24,13 @@ from typing import Any
 
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from batchrun.errors import JobError, StorageError
 from batchrun.ledger_view import LedgerView
 from batchrun.money import DERIVED, REPORTED
 from batchrun.report_places import Places
-from batchrun.sink import manifest_of
 from batchrun.spend import Part, RunSpend, read_ledger, share
+from batchrun.written import Written
 
 RATIOS = ("usd_per_1000_rows", "usd_per_ok_row", "rows_per_second")
 _FIGURES = (*(one.name for one in dataclasses.fields(RunSpend)), *RATIOS)
@@ -124,19 +123,20 @@ def load(*paths: str | os.PathLike[str], since: datetime | None = None, runs: Se
     for (ledger_path, path), number in twice.items():
         places.notes.append(f"{number} runs are in {ledger_path} and in {path}: each counts once, as the longer has it")
     for path in places.outputs:
-        manifest = manifest_of(path)
-        if manifest is None:
+        written = Written.at(path)
+        if written is None:
             if path in places.named:
                 raise JobError(f"{path}: is no output that batchrun has written")
             continue
         try:
+            manifest = written.manifest
             run_id, told = str(manifest["run_id"]), _of_manifest(manifest)
         except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError) as exc:
             places.notes.append(f"left out: {path} is no output of this batchrun: {type(exc).__name__}: {exc}")
             continue
         one = found.setdefault(run_id, _Found(told, None, []))
         # One that holds some columns or rows alone has the whole run's manifest all the same.
-        if one.output is None and _is_whole(path, manifest):
+        if one.output is None and _is_whole(written):
             one.output, one.manifest = path, manifest
     ordered = sorted(found.values(), key=lambda one: (one.run.started_at, one.run.run_id))
     frame = _runs_frame(ordered)
@@ -146,15 +146,13 @@ def load(*paths: str | os.PathLike[str], since: datetime | None = None, runs: Se
     return Report(frame[is_wanted].reset_index(drop=True), _spend_frame(wanted), places.notes)
 
 
-def _is_whole(path: Path, manifest: Mapping[str, Any]) -> bool:
-    """True if a file has all columns and rows of the output that its manifest is of."""
-    own = (manifest.get("columns") or {}).get("own", ["status", "usd_spent"])
+def _is_whole(written: Written) -> bool:
+    """True if an output has all columns and rows that its manifest is of."""
+    own = (written.manifest.get("columns") or {}).get("own", ["status", "usd_spent"])
     try:
-        metadata = pq.read_metadata(path)
+        return written.rows == written.manifest.get("rows") and set(written.schema.names).issuperset(own)
     except (OSError, pa.ArrowException):
         return False
-    names = set(metadata.schema.to_arrow_schema().names)
-    return metadata.num_rows == manifest.get("rows") and names.issuperset(own)
 
 
 @dataclass

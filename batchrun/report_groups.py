@@ -11,14 +11,13 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from batchrun.confusion import class_of
 from batchrun.errors import JobError, StorageError, listed
 from batchrun.money import from_pico, to_pico
 from batchrun.report import Report, records
-from batchrun.sink import manifest_of
 from batchrun.spend import IN_FLIGHT, share
+from batchrun.written import Written
 
 KEYS = ("job", "model", "provider", "day", "month")
 _SUMS = ("ok", "attempts", "prompt_tokens", "completion_tokens", "cached_tokens", "total_tokens", "unknown_attempts")
@@ -100,20 +99,20 @@ def _of_outputs(report: Report, by: str) -> Iterator[dict[str, Any]]:
     for run in records(report.runs):
         rest = {**run, "value": NOT_THERE, "ok": run["ok"] - run["reused"]}
         path = Path(run["output"]) if run["output"] is not None else None
-        prefix = ((manifest_of(path) or {}).get("columns") or {}).get("prefix", "") if path is not None else ""
+        written = Written.at(path) if path is not None else None
         try:
-            if path is not None:
-                with pq.ParquetFile(path) as file:
-                    names |= dict.fromkeys(file.schema_arrow.names)
-                    if by in file.schema_arrow.names:
-                        has_column = True
-                        wanted = [name for name in _READ if f"{prefix}{name}" in file.schema_arrow.names]
-                        columns = list(dict.fromkeys([by, *(f"{prefix}{name}" for name in wanted)]))
-                        for batch in file.iter_batches(_ROWS_AT_ONCE, columns=columns):
-                            for row in _of_batch(batch, by, prefix, run["run_id"]):
-                                for name in (*_SUMS, "usd_spent"):
-                                    rest[name] -= row[name]
-                                yield row
+            if written is not None:
+                prefix = (written.manifest.get("columns") or {}).get("prefix", "")
+                names |= dict.fromkeys(written.schema.names)
+                if by in written.schema.names:
+                    has_column = True
+                    wanted = [name for name in _READ if f"{prefix}{name}" in written.schema.names]
+                    columns = list(dict.fromkeys([by, *(f"{prefix}{name}" for name in wanted)]))
+                    for batch in written.batches(_ROWS_AT_ONCE, columns):
+                        for row in _of_batch(batch, by, prefix, run["run_id"]):
+                            for name in (*_SUMS, "usd_spent"):
+                                rest[name] -= row[name]
+                            yield row
         except (OSError, pa.ArrowException) as exc:
             raise StorageError(f"{path} cannot be read: {exc}") from exc
         # Of rows whose output is older than the ledger, or without one; of answers that no row asks for any more.

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from batchrun.errors import JobError, StorageError
+from batchrun.written import MANIFEST_NAME
 
 _MAGIC = b"SQLite format 3\0"
 _LEDGERS = (".sqlite", ".sqlite3", ".db")
@@ -41,6 +42,8 @@ class Places:
                 for file in self._files(path):
                     kind = self._kind(file)
                     if kind is not None:
+                        if file.name == MANIFEST_NAME:
+                            file = file.parent  # the output is the folder
                         (ledgers if kind == "ledger" else outputs).setdefault(os.path.realpath(file), file)
                 continue
             if not path.is_file():
@@ -61,6 +64,8 @@ class Places:
             for file in sorted(path.parent.glob("*.parquet")):
                 if file.is_file():
                     outputs.setdefault(os.path.realpath(file), file)
+            for file in sorted(path.parent.glob(f"*/{MANIFEST_NAME}")):
+                outputs.setdefault(os.path.realpath(file.parent), file.parent)
         self.ledgers, self.outputs = list(ledgers.values()), list(outputs.values())
 
     def _files(self, folder: Path) -> Iterator[Path]:
@@ -72,7 +77,7 @@ class Places:
                     yield file
 
     def _kind(self, file: Path) -> str | None:
-        if file.suffix == ".parquet":
+        if file.suffix == ".parquet" or file.name == MANIFEST_NAME:
             return "output"
         if file.name.endswith(_NOT_LEDGERS) or _PUT_ASIDE in file.name:
             return None

@@ -21,7 +21,6 @@ from batchrun.report import Report, load, records
 from batchrun.report_formats import Views, csv_text, document, lines, markdown, parquet_bytes
 from batchrun.report_groups import grouped
 from batchrun.report_places import begins_as_ledger
-from batchrun.sink import manifest_of
 from batchrun.spend_details import (
     CostlyRow,
     Costs,
@@ -34,6 +33,7 @@ from batchrun.spend_details import (
     failures,
     seconds,
 )
+from batchrun.written import manifest_of
 
 _USUAL_TOP = 20
 
@@ -141,8 +141,8 @@ def write(path: Path, data: bytes) -> None:
     try:
         if real.exists() and (begins_as_ledger(real) or manifest_of(real) is not None):
             raise JobError(f"{path} is a ledger or an output of a run: name another file")
-        with appearing(real) as beside:
-            beside.write_bytes(data)
+        with appearing(real) as fp:
+            fp.write(data)
     except OSError as exc:
         raise StorageError(f"{path} cannot be written: {exc.strerror or exc}") from exc
 

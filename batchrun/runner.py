@@ -319,14 +319,15 @@ class Runner:
         self, work: _Work, intent: Intent, exchange: Exchange, reservation: Reservation, sent_at: float
     ) -> None:
         failure = exchange.failure
-        self._took.append(self._clock() - sent_at)
-        self._pacing.note(
-            sent_at=sent_at,
-            is_ok=exchange.outcome == "ok",
-            is_rate_limit=failure is not None and failure.kind == "rate_limit",
-            is_server_error=exchange.status is not None and exchange.status >= 500,
-            retry_after=failure.retry_after if failure is not None else None,
-        )
+        if failure is None or not failure.is_engines_fault:
+            self._took.append(self._clock() - sent_at)
+            self._pacing.note(
+                sent_at=sent_at,
+                is_ok=exchange.outcome == "ok",
+                is_rate_limit=failure is not None and failure.kind == "rate_limit",
+                is_server_error=exchange.status is not None and exchange.status >= 500,
+                retry_after=failure.retry_after if failure is not None else None,
+            )
         hold = self._budget.settle(work.request, reservation, exchange)
         if hold.is_over:
             self._halt(_overcharged(intent, exchange, hold.needed_factor))
@@ -354,6 +355,8 @@ class Runner:
     def _decide(self, work: _Work, exchange: Exchange) -> tuple[bool, Stop | None]:
         """Whether the exchange decides its slot, and whether it ends the run."""
         failure = exchange.failure
+        if failure is not None and failure.is_engines_fault:
+            return False, self._send_elsewhere(work, failure)
         stop = self._health.note(work.request.slot.model, exchange, self._clock(), work.tries - work.request.tries)
         if failure is None:
             return True, None
@@ -382,6 +385,15 @@ class Runner:
                     heapq.heappush(self._waiting, work)
                     return False, None
                 return True, None
+
+    def _send_elsewhere(self, work: _Work, failure: Failure) -> Stop | None:
+        """Whoever was to send it was lost: it is sent again at once, and that is none of the row's tries."""
+        if failure.action is Action.STOP:
+            return Stop(ExitCode.PROVIDER, failure.kind, f"{failure.message}; run again to go on")
+        if not self._stopping.is_set():
+            work.due, work.order, work.started = self._clock(), next(self._order), None
+            heapq.heappush(self._waiting, work)
+        return None
 
     def _note_rejected(self, model: str, failure: Failure) -> Stop | None:
         stop = self._health.note_rejected(model, failure)

@@ -8,13 +8,13 @@ import re
 import string
 from decimal import Decimal
 from typing import Annotated, Any, Literal, get_args
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from batchrun.providers import PROVIDERS, secret_in_plain_sight
+from batchrun.remote import check_url, is_url
 from batchrun.scores import METRICS
-
-NOT_YET = "not yet supported"
 
 
 class Setting(BaseModel):
@@ -42,7 +42,10 @@ class ColumnSetting(Setting):
 class InputSetting(Setting):
     """Where the rows come from."""
 
-    path: str = Field(min_length=1, description="A path or glob of .csv, .tsv, .parquet or .jsonl files, also .gz.")
+    path: str = Field(
+        min_length=1,
+        description="A path, a glob or a URL (s3://bucket/*.csv) of .csv, .tsv, .parquet or .jsonl files, also .gz.",
+    )
     id: str | None = Field(None, description="A column whose values are unique; it names rows in messages.")
     columns: list[str] | dict[str, str | ColumnSetting | None] | None = Field(
         None,
@@ -62,8 +65,8 @@ class InputSetting(Setting):
 
     @field_validator("path")
     @classmethod
-    def _on_this_machine(cls, value: str) -> str:
-        return local_path(value)
+    def _somewhere(cls, value: str) -> str:
+        return any_path(value)
 
     @field_validator("encoding")
     @classmethod
@@ -215,7 +218,17 @@ class EvaluateSetting(Setting):
 class OutputSetting(Setting):
     """Where the answers go."""
 
-    path: str = Field(min_length=1, description="A .parquet path; {run_id} and {date} (UTC) are filled in.")
+    part_mb: int | None = Field(
+        None,
+        ge=1,
+        le=1_000_000,
+        description="Write a folder of part-….parquet files of so many megabytes at most, and _manifest.json last.",
+    )
+    path: str = Field(
+        min_length=1,
+        description="A .parquet path or URL (s3://bucket/eval.parquet), or a folder with part_mb; {run_id} and {date} "
+        "(UTC) are filled in.",
+    )
     prefix: str = Field("", description="Put before the names of the result columns.")
     answer_prefix: str | None = Field(
         None, description="Put before the names of the columns made of the answers, such as label. Default: prefix."
@@ -236,10 +249,15 @@ class OutputSetting(Setting):
 
     @field_validator("path")
     @classmethod
-    def _parquet(cls, value: str) -> str:
-        local_path(value)
-        if not value.endswith(".parquet"):
-            raise ValueError(f"{value!r} does not end in .parquet")
+    def _file_or_folder(cls, value: str, info: ValidationInfo) -> str:
+        any_path(value)
+        is_file = (urlsplit(value).path if is_url(value) else value).endswith(".parquet")
+        if "part_mb" in info.data and is_file != (info.data["part_mb"] is None):
+            raise ValueError(
+                f"part_mb writes a folder of parts: {value!r} should not end in .parquet"
+                if is_file
+                else f"{value!r} does not end in .parquet; a folder of parts needs part_mb"
+            )
         try:
             fields = [field for field in string.Formatter().parse(value) if field[1] is not None]
         except ValueError as exc:
@@ -249,6 +267,53 @@ class OutputSetting(Setting):
                 written = f"{{{name}{'!' + conversion if conversion else ''}{':' + form if form else ''}}}"
                 raise ValueError(f"{written} is no placeholder: there are {{run_id}} and {{date}}")
         return value
+
+
+class EngineSetting(Setting):
+    """What sends the requests."""
+
+    name: Literal["local", "ray"] = Field(
+        "local", description="local: this process; ray: workers on the nodes of a Ray cluster."
+    )
+    address: str | None = Field(
+        None,
+        min_length=1,
+        description="Of the cluster, HOST:PORT. Default: RAY_ADDRESS; without it, one of this machine for the run.",
+    )
+    workers: int | None = Field(None, ge=1, le=10_000, description="How many. Default: one a node.")
+    worker_cpus: Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)] = Field(
+        1.0, description="CPUs that a worker takes up of its node."
+    )
+    start_seconds: Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)] = Field(
+        120.0, description="How long to wait for workers to begin."
+    )
+    runtime_env: dict[str, Any] | None = Field(
+        None, description="Ray's: what workers need besides, such as {py_modules: [batchrun-….whl]}. No secrets."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _of_ray(self) -> EngineSetting:
+        others = [name for name, field in EngineSetting.model_fields.items() if getattr(self, name) != field.default]
+        if self.name == "local" and others:
+            raise ValueError(f"{', '.join(others)}: is for the engine ray: add name: ray")
+        return self
+
+    @field_validator("runtime_env")
+    @classmethod
+    def _open(cls, value: Any) -> Any:
+        variables = value.get("env_vars") if isinstance(value, dict) else None
+        for name in variables if isinstance(variables, dict) else ():
+            if secret_in_plain_sight(str(name), ""):
+                raise ValueError(
+                    f"env_vars.{name} looks like a secret, and Ray writes these into its logs: set it in the "
+                    "environment of the nodes"
+                )
+        return plain_numbers(value)
 
 
 class FinishSetting(Setting):
@@ -280,8 +345,16 @@ def local_path(path: str) -> str:
     """A path as it is, if this machine can have it."""
     if "\0" in path:
         raise ValueError("holds a NUL character")
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", path):
-        raise ValueError(f"{path!r} is not on this machine: remote paths are {NOT_YET}")
+    if is_url(path):
+        raise ValueError(f"{path!r} is not on this machine, and has to be")
+    return path
+
+
+def any_path(path: str) -> str:
+    """A path as it is, if this machine or a store can have it."""
+    if not is_url(path):
+        return local_path(path)
+    check_url(path)
     return path
 
 

@@ -1,10 +1,11 @@
-"""Record batches → a Parquet file that appears whole or not at all."""
+"""Record batches → a Parquet file, or a folder of them, that appears whole or not at all."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,32 @@ import pyarrow.parquet as pq
 
 from batchrun.documents import parse_json
 from batchrun.errors import JobError, StorageError
-from batchrun.folders import appearing
+from batchrun.folders import appearing, hidden, sync_folder, written_beside
+from batchrun.money import exact_json
+from batchrun.remote import AnyPath, RemotePath
+from batchrun.written import MANIFEST_KEY, MANIFEST_NAME, PART_KEY, PART_NAME, manifest_of, part_name, writer_of
 
 _GROUP_ROWS = 65_536
 _GROUP_BYTES = 32 * 1024 * 1024
-MANIFEST_KEY = "batchrun"
+_GROUPS_IN_PART = 8
+"""At least, so that parts come near to their size."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """How an output that is a folder is written.
+
+    Attributes:
+        most_bytes: of a part; only a single row may be longer.
+        label: what the parts say of themselves: the job and the run.
+    """
+
+    most_bytes: int
+    label: dict[str, str]
 
 
 def write_parquet(
-    path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch], manifest: Callable[[], str]
+    path: AnyPath, schema: pa.Schema, batches: Iterable[pa.RecordBatch], manifest: Callable[[], str]
 ) -> None:
     """Write a file beside its place, bring it to the disk, and rename it into place.
 
@@ -32,12 +50,46 @@ def write_parquet(
         StorageError: it cannot be written; what stood at `path` before is untouched.
     """
     try:
-        with appearing(path) as beside, beside.open("wb") as fp:
-            _write(fp, schema, batches, manifest)
-            fp.flush()
-            os.fsync(fp.fileno())
+        with appearing(path) as fp, pq.ParquetWriter(fp, schema, compression="zstd") as writer:
+            for group in _groups(batches, schema, _GROUP_BYTES):
+                writer.write_table(group, row_group_size=max(1, group.num_rows))
+            writer.add_key_value_metadata({MANIFEST_KEY: manifest()})
     except (OSError, pa.ArrowException) as exc:
-        raise StorageError(f"the output {path} cannot be written: {exc}; `batchrun export` writes it again") from exc
+        raise _unwritten(path, exc) from exc
+
+
+def write_parts(
+    folder: AnyPath, schema: pa.Schema, batches: Iterable[pa.RecordBatch], manifest: Callable[[], str], parts: Parts
+) -> None:
+    """Write `part-….parquet` files, hidden until the last is whole, and at the end a manifest that names them.
+
+    What stood there before goes once all is written: the manifest, then the parts that batchrun has written.
+
+    Raises:
+        StorageError: it cannot be written. If that happens while the parts are shown, there is no manifest.
+    """
+    most = min(_GROUP_BYTES, parts.most_bytes // _GROUPS_IN_PART)
+    try:
+        for beside in _hidden_parts(folder):  # of a process that was killed
+            beside.unlink(missing_ok=True)
+        try:
+            written = list(_write_hidden(folder, schema, _groups(batches, schema, most), parts))
+            told = {**parse_json(manifest()), "parts": [part_name(number) for number in range(len(written))]}
+        except BaseException:
+            for beside in _hidden_parts(folder):
+                beside.unlink(missing_ok=True)
+            raise
+        (folder / MANIFEST_NAME).unlink(missing_ok=True)
+        for old in _own_parts(folder):
+            old.unlink(missing_ok=True)
+        for number, beside in enumerate(written):
+            beside.replace(folder / part_name(number))  # type: ignore[arg-type]
+        if isinstance(folder, Path):
+            sync_folder(folder)
+        with appearing(folder / MANIFEST_NAME) as fp:
+            fp.write(f"{exact_json(told)}\n".encode())
+    except (OSError, pa.ArrowException) as exc:
+        raise _unwritten(folder, exc) from exc
 
 
 def check_schema(schema: pa.Schema) -> None:
@@ -59,28 +111,44 @@ def check_schema(schema: pa.Schema) -> None:
             ) from None
 
 
-def check_writable(path: Path, job_name: str | None) -> None:
+def check_writable(path: AnyPath, job_name: str | None, *, in_parts: bool) -> None:
     """Find out before anything is sent whether the output can be written.
 
     Args:
         job_name: whose output may stand there already; None for anybody's.
+        in_parts: it is a folder.
 
     Raises:
         StorageError: it cannot.
-        JobError: another job's output stands there.
+        JobError: another job's output stands there, or a folder with files that are nobody's.
     """
-    probe = path.with_name(f".{path.name}.part")
+    file = path / MANIFEST_NAME if in_parts else path
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for place in (path, probe):
-            if place.exists() and not place.is_file():
+        if in_parts and path.is_file():
+            raise StorageError(
+                f"the output {path} is a file: it should be a folder of parts; name another, or remove it"
+            )
+        probe = hidden(file)
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        for place in (file, probe):
+            # A bucket may hold both a file and what looks like a folder of that name.
+            if isinstance(place, Path) and place.exists() and not place.is_file():
                 what = "a folder" if place.is_dir() else "no file"
                 raise StorageError(f"the output {place} is {what}: name another file, or remove it")
-        probe.open("wb").close()
+        with written_beside(probe):
+            pass
         probe.unlink()
         writer = (manifest_of(path) or {}).get("job")
+        others = [] if job_name is None or not in_parts else [
+            (part, other) for part in _part_files(path) if (other := writer_of(part)) != job_name
+        ]  # fmt: skip
     except (OSError, RuntimeError) as exc:  # the latter for links that lead round in a circle
         raise StorageError(f"the output {path} cannot be written: {getattr(exc, 'strerror', None) or exc}") from exc
+    if others and others[0][1] is None:
+        raise JobError(
+            f"the output {path} holds {others[0][0].name}, which batchrun has not written: name another folder"
+        )
+    writer = next((other for _, other in others), writer)
     if job_name is not None and writer not in (None, job_name):
         raise JobError(
             f"the output {path} is that of the job {writer!r}: name another output; or, if this is that job under a "
@@ -88,31 +156,72 @@ def check_writable(path: Path, job_name: str | None) -> None:
         )
 
 
-def manifest_of(path: Path) -> dict[str, Any] | None:
-    """The manifest of a file, amounts as exact decimals; None if there is no such file, or it is not batchrun's."""
-    try:
-        manifest = parse_json((pq.read_metadata(path).metadata or {})[MANIFEST_KEY.encode()])
-    except (OSError, pa.ArrowException, KeyError, ValueError):
-        return None
-    return manifest if isinstance(manifest, dict) else None
+def _unwritten(path: AnyPath, exc: Exception) -> StorageError:
+    return StorageError(f"the output {path} cannot be written: {exc}; `batchrun export` writes it again")
 
 
-def _write(fp: Any, schema: pa.Schema, batches: Iterable[pa.RecordBatch], manifest: Callable[[], str]) -> None:
-    with pq.ParquetWriter(fp, schema, compression="zstd") as writer:
-        held: list[pa.RecordBatch] = []
-        rows = size = 0
-        for batch in batches:
-            held.append(batch)
-            rows += batch.num_rows
-            size += batch.nbytes
-            if rows >= _GROUP_ROWS or size >= _GROUP_BYTES:
-                _write_group(writer, held, schema)
+def _groups(batches: Iterable[pa.RecordBatch], schema: pa.Schema, most: int) -> Iterator[pa.Table]:
+    """Batches as row groups."""
+    held: list[pa.RecordBatch] = []
+    rows = size = 0
+    for batch in batches:
+        for piece in _pieces(batch, most):
+            if held and (rows + piece.num_rows > _GROUP_ROWS or size + piece.nbytes > most):
+                yield _group(held, schema)
                 held, rows, size = [], 0, 0
-        if held:
-            _write_group(writer, held, schema)
-        writer.add_key_value_metadata({MANIFEST_KEY: manifest()})
+            held.append(piece)
+            rows += piece.num_rows
+            size += piece.nbytes
+    if held:
+        yield _group(held, schema)
 
 
-def _write_group(writer: pq.ParquetWriter, batches: list[pa.RecordBatch], schema: pa.Schema) -> None:
-    table = pa.Table.from_batches(batches, schema=schema).unify_dictionaries()
-    writer.write_table(table, row_group_size=max(1, table.num_rows))
+def _pieces(batch: pa.RecordBatch, most: int) -> Iterator[pa.RecordBatch]:
+    """A batch, halved until its pieces fit."""
+    if batch.num_rows > 1 and batch.nbytes > most:
+        middle = batch.num_rows // 2
+        yield from _pieces(batch.slice(0, middle), most)
+        yield from _pieces(batch.slice(middle), most)
+    else:
+        yield batch
+
+
+def _group(batches: list[pa.RecordBatch], schema: pa.Schema) -> pa.Table:
+    return pa.Table.from_batches(batches, schema=schema).unify_dictionaries()
+
+
+def _write_hidden(folder: AnyPath, schema: pa.Schema, groups: Iterator[pa.Table], parts: Parts) -> Iterator[AnyPath]:
+    """Write parts, each where readers pass it by; their paths, each before it is begun. One part at least."""
+    group = next(groups, None)
+    for number in itertools.count():
+        path = hidden(folder / part_name(number))
+        yield path
+        with written_beside(path) as fp, pq.ParquetWriter(fp, schema, compression="zstd") as writer:
+            writer.add_key_value_metadata({PART_KEY: exact_json(parts.label)})
+            while group is not None:
+                writer.write_table(group, row_group_size=max(1, group.num_rows))
+                group = next(groups, None)
+                # On the disk a group takes no more than in memory, but for a little.
+                if group is not None and fp.tell() + group.nbytes > parts.most_bytes:
+                    break
+        if group is None:
+            return
+
+
+def _part_files(folder: AnyPath) -> list[Any]:
+    """All that are named like parts."""
+    if isinstance(folder, RemotePath) or folder.is_dir():
+        return [path for path in folder.iterdir() if PART_NAME.fullmatch(path.name)]
+    return []
+
+
+def _own_parts(folder: AnyPath) -> list[Any]:
+    """Those that batchrun has written."""
+    return [path for path in _part_files(folder) if writer_of(path) is not None]
+
+
+def _hidden_parts(folder: AnyPath) -> list[Any]:
+    if isinstance(folder, RemotePath) or folder.is_dir():
+        names = (path for path in folder.iterdir() if path.name.startswith(".") and path.name.endswith(".part"))
+        return [path for path in names if PART_NAME.fullmatch(path.name[1 : -len(".part")])]
+    return []

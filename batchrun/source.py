@@ -10,6 +10,7 @@ import fnmatch
 import glob
 import os
 import stat
+import time
 from base64 import b64decode, b64encode
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -23,10 +24,14 @@ from batchrun.casts import TYPES, cast
 from batchrun.errors import InputError, listed
 from batchrun.files import CsvInput, InputFile, JsonlInput, ParquetInput, reading, refuse_duplicates
 from batchrun.job import Job
+from batchrun.remote import AnyPath, RemotePath
 from batchrun.settings import ColumnSetting, InputSetting
 from batchrun.textfile import Place
+from batchrun.written import MANIFEST_KEY, PART_KEY
 
-_MANIFEST = b"batchrun"
+_OWN = (MANIFEST_KEY.encode(), PART_KEY.encode())
+_LOOK_SECONDS = 5.0
+"""Between looks at a store, whether the input has changed."""
 
 _BY_SUFFIX = {
     ".csv": "csv",
@@ -61,8 +66,9 @@ class Source:
     def __init__(self, job: Job, known: Mapping[str, Any] | None = None) -> None:
         self._setting: InputSetting = job.input
         self._folder = job.path.parent
-        self._job_path = job.resolve(job.input.path)
+        self._job_path = job.place_of(job.input.path)
         self._files = _find(job)
+        self._looked_at = time.monotonic()
         # Before anything is read: what was read of them later may be of other files.
         self.seen = self.fingerprint()
         self._read_as = [self._setting.encoding, self._setting.format]
@@ -88,18 +94,23 @@ class Source:
         return first if len(self._files) == 1 else f"{first} and {len(self._files) - 1} more"
 
     @property
-    def paths(self) -> set[Path]:
+    def paths(self) -> set[AnyPath]:
         """The files, with links resolved."""
-        return {file.path.resolve() for file in self._files}
+        return {file.path.resolve() if isinstance(file.path, Path) else file.path for file in self._files}
 
-    def would_read(self, path: Path) -> bool:
+    def would_read(self, path: AnyPath) -> bool:
         """True if the input is a pattern that a file at `path` would match."""
-        pattern = str(self._job_path)
+        read = self._job_path
+        if isinstance(read, RemotePath):
+            return isinstance(path, RemotePath) and read.is_pattern and path.matches(read)
+        if isinstance(path, RemotePath):
+            return False
+        pattern = str(read)
         if not glob.has_magic(pattern):
             return False
         if "**" in pattern:
             return fnmatch.fnmatch(str(path), pattern)
-        parts, wanted = path.parts, self._job_path.parts
+        parts, wanted = path.parts, read.parts
         return len(parts) == len(wanted) and all(map(fnmatch.fnmatch, parts, wanted))
 
     def fingerprint(self) -> list[list[Any]]:
@@ -108,10 +119,9 @@ class Source:
         for file in self._files:
             with reading(file.path):
                 status = file.path.stat()
-            try:
+            name = str(file.path)
+            if isinstance(file.path, Path) and file.path.is_relative_to(self._folder):
                 name = str(file.path.relative_to(self._folder))
-            except ValueError:
-                name = str(file.path)
             found.append([name, status.st_size, status.st_mtime_ns])
         return found
 
@@ -136,9 +146,15 @@ class Source:
     def refuse_change(self) -> None:
         """Whoever reads on in other files than those that were placed asks the wrong rows.
 
+        A store, where each look is a request, is looked at now and again.
+
         Raises:
             InputError: the files are not those that were first looked at.
         """
+        now = time.monotonic()
+        if isinstance(self._job_path, RemotePath) and now - self._looked_at < _LOOK_SECONDS:
+            return
+        self._looked_at = now
         if self.fingerprint() != self.seen:
             raise InputError(f"{self.file_names} has changed while the run went on")
 
@@ -174,7 +190,7 @@ class Source:
 
     def _read_schema(self) -> tuple[pa.Schema, bool]:
         first_file, schema = self._files[0], self._files[0].schema
-        is_own = bool(schema.metadata and _MANIFEST in schema.metadata)
+        is_own = any(key in (schema.metadata or {}) for key in _OWN)
         refuse_duplicates(schema.names, str(first_file.path))
         for file in self._files[1:]:
             other = file.schema
@@ -194,7 +210,7 @@ class Source:
         return pa.schema([_wide(field) for field in schema]), is_own
 
     def _shape(
-        self, rows: pa.RecordBatch, plan: Sequence[tuple[str, pa.Field]], path: Path, first: int
+        self, rows: pa.RecordBatch, plan: Sequence[tuple[str, pa.Field]], path: AnyPath, first: int
     ) -> pa.RecordBatch:
         """Put columns into the schema's names and types; a value that does not fit is named with its row."""
         arrays = []
@@ -207,15 +223,28 @@ class Source:
 
 
 def _find(job: Job) -> list[InputFile]:
-    with reading(job.resolve(job.input.path)):
-        return _find_files(job)
+    path = job.place_of(job.input.path)
+    with reading(path):
+        paths = _stored(path) if isinstance(path, RemotePath) else _on_this_machine(job, path)
+        return [_opened(found, job.input) for found in paths]
 
 
-def _find_files(job: Job) -> list[InputFile]:
-    setting = job.input
-    if setting.path == "-":
+def _stored(path: RemotePath) -> list[RemotePath]:
+    if path.is_pattern:
+        paths = path.found()
+        if not paths:
+            raise InputError(f"input: there is no file {path}")
+        return paths
+    if not path.is_file():
+        if path.is_dir():
+            raise InputError(f"input: {path} is a folder: name its files, such as {path / '*.parquet'}")
+        raise InputError(f"input: there is no file {path}")
+    return [path]
+
+
+def _on_this_machine(job: Job, path: Path) -> list[Path]:
+    if job.input.path == "-":
         raise InputError("input: standard input cannot be the input: it is read more than once; write it to a file")
-    path = job.resolve(setting.path)
     if path.exists():
         paths = [path]
     else:
@@ -227,34 +256,32 @@ def _find_files(job: Job) -> list[InputFile]:
         paths = list(by_file.values())
         if not paths:
             raise InputError(f"input: there is no file {path}")
-    files = []
     for found in paths:
         if found.is_dir():
             raise InputError(f"input: {found} is a folder: name its files, such as {found}/*.parquet")
         if not stat.S_ISREG(found.stat().st_mode):
             raise InputError(f"input: {found} is no regular file: the input is read more than once; write it to a file")
-        is_gzip = found.suffix == ".gz"
-        suffix = Path(found.stem).suffix if is_gzip else found.suffix
-        form = setting.format or _BY_SUFFIX.get(suffix.lower())
-        if form is None:
-            raise InputError(
-                f"input: {found}: {suffix or 'a name without an ending'} does not say what it is: "
-                "set input: {format: csv | tsv | parquet | jsonl}"
-            )
-        if form == "parquet" and is_gzip:
-            raise InputError(f"input: {found}: a gzipped Parquet file cannot be read in place: unpack it")
-        files.append(_file(found, form, setting.encoding, is_gzip=is_gzip))
-    return files
+    return paths
 
 
-def _file(path: Path, form: str, encoding: str, *, is_gzip: bool) -> InputFile:
+def _opened(path: AnyPath, setting: InputSetting) -> InputFile:
+    is_gzip = path.suffix == ".gz"
+    suffix = Path(path.stem).suffix if is_gzip else path.suffix
+    form = setting.format or _BY_SUFFIX.get(suffix.lower())
+    if form is None:
+        raise InputError(
+            f"input: {path}: {suffix or 'a name without an ending'} does not say what it is: "
+            "set input: {format: csv | tsv | parquet | jsonl}"
+        )
+    if form == "parquet" and is_gzip:
+        raise InputError(f"input: {path}: a gzipped Parquet file cannot be read in place: unpack it")
     match form:
         case "parquet":
             return ParquetInput(path)
         case "jsonl":
-            return JsonlInput(path, encoding, is_gzip=is_gzip)
+            return JsonlInput(path, setting.encoding, is_gzip=is_gzip)
         case _:
-            return CsvInput(path, encoding, is_gzip=is_gzip, delimiter="\t" if form == "tsv" else ",")
+            return CsvInput(path, setting.encoding, is_gzip=is_gzip, delimiter="\t" if form == "tsv" else ",")
 
 
 def _plan(setting: InputSetting, schema: pa.Schema) -> list[tuple[str, pa.Field]]:

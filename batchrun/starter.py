@@ -13,8 +13,8 @@ import pyarrow as pa
 from batchrun.answers import result_schema
 from batchrun.errors import JobError, StorageError
 from batchrun.job import Job
-from batchrun.sink import manifest_of
 from batchrun.source import Source
+from batchrun.written import manifest_of
 
 _TEMPLATE = """\
 # yaml-language-server: $schema=job.schema.json

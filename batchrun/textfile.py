@@ -5,13 +5,13 @@ from __future__ import annotations
 import codecs
 import gzip
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from io import TextIOWrapper
-from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from batchrun.errors import InputError
+from batchrun.remote import AnyPath
 
 MOST_CHARACTERS = 100_000_000
 """Of a line or a cell."""
@@ -38,15 +38,14 @@ def has_places(encoding: str) -> bool:
 
 
 @contextmanager
-def open_text(path: Path, encoding: str, newline: str, offset: int, *, is_gzip: bool) -> Iterator[IO[str]]:
+def open_text(path: AnyPath, encoding: str, newline: str, offset: int, *, is_gzip: bool) -> Iterator[IO[str]]:
     """Open a file to be read from a byte on, which is 0 or that of a `Place`.
 
     Raises:
         InputError: while it is read: it is not in this encoding.
     """
     is_top = offset == 0 and codecs.lookup(encoding).name == "utf-8"
-    opened: Any = gzip.open if is_gzip else Path.open
-    with opened(path, "rb") as raw:
+    with path.open("rb") as packed, gzip.GzipFile(fileobj=packed) if is_gzip else nullcontext(packed) as raw:
         raw.seek(offset)
         # The same, and a byte order mark is not part of the first column's name.
         with TextIOWrapper(raw, encoding="utf-8-sig" if is_top else encoding, newline=newline) as fp:
@@ -58,7 +57,7 @@ def open_text(path: Path, encoding: str, newline: str, offset: int, *, is_gzip: 
                 ) from None
 
 
-def lines_of(fp: IO[str], path: Path, place: Place, encoding: str) -> Iterator[str]:
+def lines_of(fp: IO[str], path: AnyPath, place: Place, encoding: str) -> Iterator[str]:
     """Lines, none of them endless: a file of a few megabytes can unpack to one of many gigabytes.
 
     Args:
@@ -74,7 +73,7 @@ def lines_of(fp: IO[str], path: Path, place: Place, encoding: str) -> Iterator[s
         yield line
 
 
-def _mark_bytes(path: Path, encoding: str) -> int:
+def _mark_bytes(path: AnyPath, encoding: str) -> int:
     """Bytes of the byte order mark at the top of a file."""
     if codecs.lookup(encoding).name != "utf-8":
         return 0

@@ -7,11 +7,9 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from decimal import Decimal
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import zstandard
 
 from batchrun.budget import Cap
@@ -32,8 +30,9 @@ from batchrun.ledger_view import (
 from batchrun.money import COST_SOURCES, exact_json, from_pico, to_pico, usd_text
 from batchrun.plan import Plan
 from batchrun.records import Answer
-from batchrun.sink import manifest_of
+from batchrun.remote import AnyPath
 from batchrun.wire import read_answer
+from batchrun.written import Written
 
 _SHOWN = 20
 
@@ -324,14 +323,15 @@ def _check_output(job: Job, ledger: LedgerView, verdict: Verdict) -> None:
     except JobError as exc:
         verdict.notes.append(f"the output was not compared: {exc}")
         return
-    manifest = manifest_of(output)
+    written = Written.at(output)
     ((is_written,),) = ledger.rows("SELECT is_written FROM run WHERE run = ?", (run.run,))
-    if manifest is None:
+    if written is None:
         if output.exists():
             verdict.blame(f"{output} is no output of batchrun, or its metadata is damaged")
         else:
             verdict.notes.append(f"there is no output {output}: `batchrun export` writes it")
         return
+    manifest = written.manifest
     if not is_written:
         verdict.notes.append(f"{output} is older than the ledger: `batchrun export` writes it anew")
         return
@@ -363,12 +363,12 @@ def _check_output(job: Job, ledger: LedgerView, verdict: Verdict) -> None:
         )
         return
     derivation = plan.derivation()
-    _check_rows(plan, ledger, run, derivation, output, verdict)
+    _check_rows(plan, ledger, run, derivation, written, verdict)
     summary = with_derived(summarise(plan, ledger, run, int(placed["rows"])), derivation)
     _check_manifest(summary.manifest(), manifest, output, verdict)
 
 
-def _check_manifest(ours: dict[str, Any], manifest: dict[str, Any], output: Path, verdict: Verdict) -> None:
+def _check_manifest(ours: dict[str, Any], manifest: dict[str, Any], output: AnyPath, verdict: Verdict) -> None:
     """What the file says of its run against what the ledger does; how it ended is for the file alone."""
     said = json.loads(exact_json(manifest), parse_float=Decimal)
     known = json.loads(exact_json(ours), parse_float=Decimal)
@@ -383,38 +383,37 @@ def _without_derived(manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_rows(
-    plan: Plan, ledger: LedgerView, run: Run, derivation: Derivation, output: Path, verdict: Verdict
+    plan: Plan, ledger: LedgerView, run: Run, derivation: Derivation, written: Written, verdict: Verdict
 ) -> None:
     """Every value of the file against what input and ledger give now."""
-    results = results_of(plan, run)
+    results, output = results_of(plan, run), written.path
     try:
-        with pq.ParquetFile(output) as file:
-            if not file.schema_arrow.equals(plan.schema):
-                verdict.blame(f"{output.name} has other columns than the job gives")
+        if not written.schema.equals(plan.schema):
+            verdict.blame(f"{output.name} has other columns than the job gives")
+            return
+        rows_of = _aligned(written)
+        for expected in expected_batches(plan, ledger, run, results, derivation):
+            verdict.rows += expected.num_rows
+            actual = rows_of(expected.num_rows)
+            if actual.num_rows < expected.num_rows:
+                verdict.blame(f"{output.name} ends after {verdict.rows - expected.num_rows + actual.num_rows} rows")
                 return
-            written = _aligned(file)
-            for expected in expected_batches(plan, ledger, run, results, derivation):
-                verdict.rows += expected.num_rows
-                actual = written(expected.num_rows)
-                if actual.num_rows < expected.num_rows:
-                    verdict.blame(f"{output.name} ends after {verdict.rows - expected.num_rows + actual.num_rows} rows")
-                    return
-                _compare(expected, actual, verdict.rows - expected.num_rows, output, verdict)
-            if written(1).num_rows:
-                verdict.blame(f"{output.name} has more rows than the input ({verdict.rows})")
+            _compare(expected, actual, verdict.rows - expected.num_rows, output, verdict)
+        if rows_of(1).num_rows:
+            verdict.blame(f"{output.name} has more rows than the input ({verdict.rows})")
     except (OSError, pa.ArrowException) as exc:
         verdict.blame(f"{output.name} cannot be read: {exc}")
 
 
-def _aligned(file: pq.ParquetFile) -> Any:
-    """A function that gives the next so many rows of a file."""
-    batches = file.iter_batches(batch_size=8192)
+def _aligned(written: Written) -> Any:
+    """A function that gives the next so many rows of an output."""
+    batches = written.batches(8192)
     held: list[pa.RecordBatch] = []
 
     def take(rows: int) -> pa.Table:
         while sum(batch.num_rows for batch in held) < rows and (batch := next(batches, None)) is not None:
             held.append(batch)
-        table = pa.Table.from_batches(held, schema=file.schema_arrow)
+        table = pa.Table.from_batches(held, schema=written.schema)
         rest = table.slice(rows)
         held[:] = rest.to_batches()
         return table.slice(0, rows)
@@ -422,7 +421,7 @@ def _aligned(file: pq.ParquetFile) -> Any:
     return take
 
 
-def _compare(expected: pa.RecordBatch, actual: pa.Table, start: int, output: Path, verdict: Verdict) -> None:
+def _compare(expected: pa.RecordBatch, actual: pa.Table, start: int, output: AnyPath, verdict: Verdict) -> None:
     ours = pa.Table.from_batches([expected])
     if actual.equals(ours):
         return

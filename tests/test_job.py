@@ -45,7 +45,7 @@ def test_all_faults_come_at_once_with_line_and_nearest_name(tmp_path: Path) -> N
         "line 3: provider: 'aimlap' is not a known provider: did you mean 'aimlapi'? Another one needs a base_url",
         "line 5: parameters: 'n' is not a parameter: use the key `samples` of the job",
         "line 6: concurrency: should be greater than or equal to 1 (is 0)",
-        "line 7: output.path: 'x.csv' does not end in .parquet",
+        "line 7: output.path: 'x.csv' does not end in .parquet; a folder of parts needs part_mb",
         'line 8: retry.max_attempts: should be a valid integer, unable to parse string as an integer (is "no")',
         "line 9: the key 'model' stands twice: remove one",
     ]
@@ -92,7 +92,7 @@ def test_a_list_of_models_names_each_once(tmp_path: Path) -> None:
         (GOOD + "name: ../../etc/passwd\n", "cannot name a file"),
         (GOOD.replace("input: a.csv", "input: {path: a.csv, encoding: utf-99}"), "no encoding that Python knows"),
         (GOOD + "parameters: {stream: true}\n", "use the key `stream` of the job"),
-        (GOOD.replace("o.parquet", "s3://bucket/o.parquet"), "remote paths are not yet supported"),
+        (GOOD.replace("o.parquet", "s3://bucket/o.parquet"), "is not on this machine, and the ledger has to be"),
         (GOOD.replace("input: a.csv", "input: {path: a.csv, columns: 5}"), "input.columns: should be a list of names"),
     ],
 )

@@ -8,7 +8,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "batchrun"
 
 FLOORS = [
-    {"errors", "usage", "sse", "columns", "uniqueness", "documents", "folders", "form", "inflate", "scrub"}
+    {"errors", "usage", "sse", "columns", "uniqueness", "documents", "form", "inflate", "scrub", "remote"}
     | {"sandbox", "tables", "evidence", "hook", "spill", "palette"},
     {
         "money",
@@ -16,7 +16,9 @@ FLOORS = [
         "stopper",
         "providers",
         "jobfile",
-        "report_places",
+        "folders",
+        "process",
+        "written",
         "lock",
         "migrations",
         "casts",
@@ -26,7 +28,7 @@ FLOORS = [
         "intervals",
     }
     | {"tolerant", "plain"},
-    {"overrides", "settings", "options"},
+    {"overrides", "settings", "options", "report_places"},
     {"records", "job", "prices", "projection", "fetch", "bill", "confusion", "labels", "page_text"},
     {"failures", "loading", "ledger_view", "transport", "files", "shapes"},
     {"wire", "accounts", "schemas", "spend", "spend_details"},
@@ -54,7 +56,8 @@ FLOORS = [
         "evaluate",
         "comparison",
     },
-    {"derive", "exports", "journal", "report", "pruning"},
+    {"derive", "exports", "journal", "report", "pruning", "node"},
+    {"cluster"},
     {"report_formats", "report_groups", "report_figures"},
     {"report_charts"},
     {"report_drawn"},
@@ -113,6 +116,7 @@ def test_only_one_room_knows_each_outside_thing() -> None:
         "genai_prices": {"price_sources"},
         "sklearn": {"intervals"}, "scipy": {"intervals"}, "numpy": {"intervals"}, "regex": {"scores"},
         "altair": {"report_charts"}, "vl_convert": {"report_charts"},
+        "ray": {"cluster"}, "fsspec": {"remote"},
         "json_repair": {"tolerant"}, "jsonschema_rs": {"schemas"},
     }  # fmt: skip
     users: dict[str, set[str]] = {name: set() for name in owners}

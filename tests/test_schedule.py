@@ -331,7 +331,7 @@ def test_overrides_are_in_force_and_on_record_and_the_ledger_stays(work: Workspa
         ("model.x=1", "model of the job is no mapping"),
         ("parameters.stop=[a", "no valid YAML"),
         ("budget.usd=much", "set by this call: budget.usd"),
-        ("input=s3://bucket/x.csv", "remote paths"),
+        ("input=nope://bucket/x.csv", "is no kind of address"),
     ],
 )
 def test_an_override_that_is_wrong_is_named(work: Workspace, provide: Provide, assignment: str, said: str) -> None:

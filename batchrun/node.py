@@ -1,0 +1,124 @@
+"""What runs on the nodes of a cluster: takes requests, sends them on its own connections, and hands back what came.
+
+It knows no ledger, no prices and no retries: those are the head's. It keeps nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import pickle
+import socket
+from contextlib import suppress
+from functools import cache
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from batchrun import __version__
+from batchrun.chat import Chat
+from batchrun.errors import BatchrunError
+from batchrun.process import allow_connections
+from batchrun.providers import Endpoint, resolve
+from batchrun.records import Exchange
+
+SIGN_SECONDS = 2.0
+GATHERED_SECONDS = 0.005
+"""So long what is to go to the other side waits for more: a message costs as much as ten rows."""
+
+Parcel = list[tuple[int, bytes, str]]
+"""Requests: the attempt's id, the body, our request id."""
+Found = list[tuple[int, Exchange]]
+"""What became of attempts."""
+
+
+class Orders(NamedTuple):
+    """How a worker asks. It holds no secret: those are in the environment of its node."""
+
+    provider: dict[str, Any]
+    """The job's setting."""
+    streamed: bool
+    timeout_seconds: float
+    max_response_bytes: int
+    concurrency: int
+    """The most requests that it may be given at a time."""
+    salt: bytes
+    """For the digest in its proof; the head's, made anew for each run."""
+
+
+class Proof(NamedTuple):
+    """By what the head sees that a worker is what it should be."""
+
+    host: str
+    build: str
+    endpoint: str
+    """A digest of the address and all headers, the key included."""
+    fault: str | None = None
+    """Why it cannot work."""
+
+
+@cache
+def build() -> str:
+    """What tells this code from any other: its version, and a digest of its files."""
+    found = blake2b(digest_size=8)
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        found.update(path.name.encode() + b"\0" + path.read_bytes())
+    return f"{__version__} ({found.hexdigest()})"
+
+
+def digest(endpoint: Endpoint, salt: bytes) -> str:
+    """Equal for two endpoints with the same address and headers; without the salt it tells nothing of them."""
+    told = repr((endpoint.base_url, sorted(endpoint.headers.items()), endpoint.cost_in_usage))
+    return blake2b(told.encode(), key=salt, digest_size=16).hexdigest()
+
+
+class Worker:
+    """An actor. Its methods are called by one head, side by side."""
+
+    def __init__(self, orders: Orders) -> None:
+        self._orders = orders
+        self._chat: Chat | None = None
+        self._asking: set[asyncio.Task[None]] = set()
+        self._found: Found = []
+        self._has_found = asyncio.Event()
+
+    async def prove(self) -> Proof:
+        """Make ready, and show it."""
+        orders, host = self._orders, socket.gethostname()
+        try:
+            endpoint = resolve(**orders.provider, environ=os.environ)
+            allow_connections(orders.concurrency)
+            self._chat = Chat(
+                endpoint,
+                concurrency=orders.concurrency,
+                timeout_seconds=orders.timeout_seconds,
+                max_response_bytes=orders.max_response_bytes,
+                streamed=orders.streamed,
+            )
+        except BatchrunError as exc:
+            return Proof(host, build(), "", str(exc))
+        return Proof(host, build(), digest(endpoint, orders.salt))
+
+    async def take(self, packed: bytes) -> None:
+        """Send the requests of a pickled `Parcel`."""
+        parcel: Parcel = pickle.loads(packed)
+        for attempt_id, body, client_request_id in parcel:
+            task = asyncio.create_task(self._ask(attempt_id, body, client_request_id))
+            self._asking.add(task)
+            task.add_done_callback(self._asking.discard)
+
+    async def finished(self) -> bytes:
+        """Wait until some requests are done: a pickled `Found`; an empty one is a sign of life."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(SIGN_SECONDS):
+                await self._has_found.wait()
+                await asyncio.sleep(GATHERED_SECONDS)
+        found, self._found = self._found, []
+        self._has_found.clear()
+        return pickle.dumps(found, pickle.HIGHEST_PROTOCOL)
+
+    async def _ask(self, attempt_id: int, body: bytes, client_request_id: str) -> None:
+        assert self._chat is not None
+        exchange = await self._chat.ask(body, client_request_id)
+        self._found.append((attempt_id, exchange))
+        self._has_found.set()

@@ -1,0 +1,415 @@
+"""Files in a store, such as `s3://bucket/reviews.csv`, as paths: whatever pyarrow.fs opens, or else fsspec.
+
+What reads and writes files takes a `Path` or a `RemotePath`, and knows no more of stores than that.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import io
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+from typing import IO, TYPE_CHECKING, Any, TypeVar
+from urllib.parse import parse_qsl, quote, unquote, urlsplit
+
+if TYPE_CHECKING:
+    from pyarrow.fs import FileInfo, FileSystem
+
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
+_SECRET = re.compile(r"auth|key|token|secret|sig|credential|password", re.IGNORECASE)
+_PATTERN = re.compile(r"[*\[]")
+_READ_BYTES = 4 * 1024 * 1024
+"""Of a store at a time: each read is a request."""
+_BUCKETS = ("s3", "gs", "gcs")
+"""Stores without folders: an object's name holds slashes."""
+_RETRY_SECONDS = 30
+_Found = TypeVar("_Found")
+
+
+def is_url(path: str) -> bool:
+    """True for what is no path of this machine."""
+    return _URL.match(path) is not None and not path.startswith("file://")
+
+
+def check_url(url: str) -> None:
+    """Refuse an address that no store has, or that shows a secret; nothing is asked for it.
+
+    Raises:
+        ValueError: what is wrong with it.
+    """
+    parts = urlsplit(url)
+    user, at, _ = parts.netloc.rpartition("@")
+    if at and (":" in user or not parts.scheme.startswith("abfs")):  # Azure has the container there
+        raise ValueError(
+            f"{parts.scheme}://…@{parts.netloc.rpartition('@')[2]} holds a user name or a key: "
+            "give it to the store's own settings or environment variables, such as AWS_ACCESS_KEY_ID"
+        )
+    for name, _ in parse_qsl(parts.query, keep_blank_values=True):
+        if _SECRET.search(name):
+            raise ValueError(f"{parts.scheme}://{parts.netloc}{parts.path}: {name} looks like a secret in an address")
+    if parts.fragment or "\0" in url:
+        raise ValueError(f"{url!r} holds a # or a NUL character")
+    if not parts.netloc and parts.scheme in (*_BUCKETS, "http", "https"):
+        raise ValueError(f"{url!r} names no {'bucket' if parts.scheme in _BUCKETS else 'host'}")
+
+
+@dataclass(frozen=True)
+class Status:
+    """What a store says of a file."""
+
+    st_size: int
+    st_mtime_ns: int | str
+    """When it was changed; where the store has no time, whatever else it changes with the content."""
+
+
+class RemotePath:
+    """A file in a store; it has what this project uses of `pathlib.Path`, with the same meaning.
+
+    All methods that ask the store raise an OSError if it does not answer as it should.
+    """
+
+    def __init__(self, store: _Store, path: str) -> None:
+        self._store = store
+        self._path = path
+
+    @classmethod
+    def of(cls, url: str) -> RemotePath:
+        """The path of an address.
+
+        Raises:
+            OSError: nothing that is installed opens it.
+        """
+        parts = urlsplit(url)
+        query = f"?{parts.query}" if parts.query else ""
+        return cls(_store(parts.scheme.lower(), parts.netloc, query), unquote(parts.path))
+
+    def __str__(self) -> str:
+        return f"{self._store.root}{self._path}{self._store.query}"
+
+    def __repr__(self) -> str:
+        return f"RemotePath({str(self)!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RemotePath) and str(self) == str(other)
+
+    def __hash__(self) -> int:
+        return hash(str(self))
+
+    def __truediv__(self, name: str) -> RemotePath:
+        return RemotePath(self._store, f"{self._path.rstrip('/')}/{name}")
+
+    @property
+    def name(self) -> str:
+        """The last part."""
+        return PurePosixPath(self._path).name
+
+    @property
+    def stem(self) -> str:
+        """The last part without its ending."""
+        return PurePosixPath(self._path).stem
+
+    @property
+    def suffix(self) -> str:
+        """The ending of the last part, with its dot."""
+        return PurePosixPath(self._path).suffix
+
+    @property
+    def parent(self) -> RemotePath:
+        """The folder that it is in."""
+        return RemotePath(self._store, str(PurePosixPath(self._path).parent))
+
+    def with_name(self, name: str) -> RemotePath:
+        """Another file in the same folder."""
+        return self.parent / name
+
+    def exists(self) -> bool:
+        """Whether there is a file or a folder."""
+        return self.is_file() or self.is_dir()
+
+    def is_file(self) -> bool:
+        """Whether there is a file."""
+        return bool(self._store.info(self._path).is_file)
+
+    def is_dir(self) -> bool:
+        """Whether there is a folder, or a file whose name goes on with a slash."""
+        from pyarrow.fs import FileType
+
+        return bool(self._store.info(self._path).type == FileType.Directory)
+
+    def stat(self) -> Status:
+        """Its size, and what changes with its content."""
+        return self._store.status(self._path, str(self))
+
+    @contextmanager
+    def open(self, mode: str) -> Iterator[IO[bytes]]:
+        """Open for reading ("rb") or writing ("wb"); what is written to a bucket appears when it is closed."""
+        if mode == "rb":
+            with self.open_input() as raw, io.BufferedReader(raw, _READ_BYTES) as fp:
+                yield fp
+            return
+        with self._store.open_output(self._path) as fp:
+            yield fp
+
+    def open_input(self) -> Any:
+        """A file to read from, as pyarrow takes it."""
+        return self._store.open_input(self._path)
+
+    def replace(self, target: RemotePath) -> None:
+        """Put it in the place of another file of the same store."""
+        self._store.move(self._path, target._path)
+
+    def unlink(self, *, missing_ok: bool = False) -> None:
+        """Remove it."""
+        if not missing_ok or self.is_file():
+            self._store.remove(self._path)
+
+    def mkdir(self, *, parents: bool, exist_ok: bool) -> None:
+        """Make the folder, where the store has folders."""
+        assert parents
+        assert exist_ok
+        self._store.make_folder(self._path)
+
+    def iterdir(self) -> Iterator[RemotePath]:
+        """The files and folders in it, by name."""
+        for path in self._store.listed(self._path, is_deep=False):
+            yield RemotePath(self._store, path)
+
+    @property
+    def is_pattern(self) -> bool:
+        """True if it names files by a pattern: `*`, `**`, `[…]`."""
+        return _PATTERN.search(self._path) is not None
+
+    def matches(self, pattern: RemotePath) -> bool:
+        """Whether a pattern names it."""
+        if (self._store.root, self._store.query) != (pattern._store.root, pattern._store.query):
+            return False
+        parts, wanted = self._path.split("/"), pattern._path.split("/")
+        if "**" in wanted:
+            return fnmatch.fnmatchcase(self._path, pattern._path.replace("/**/", "/*"))
+        return len(parts) == len(wanted) and all(map(fnmatch.fnmatchcase, parts, wanted))
+
+    def found(self) -> list[RemotePath]:
+        """The files that a pattern names, by name."""
+        fixed = self._path[: _PATTERN.search(self._path).start()] if self.is_pattern else self._path  # type: ignore[union-attr]
+        is_deep = "/" in self._path[len(fixed) :]
+        paths = (
+            RemotePath(self._store, path) for path in self._store.listed(fixed.rpartition("/")[0], is_deep=is_deep)
+        )
+        return [path for path in paths if path.matches(self)]
+
+
+AnyPath = Path | RemotePath
+
+
+@contextmanager
+def for_arrow(path: AnyPath) -> Iterator[Any]:
+    """What pyarrow's readers take for a file."""
+    if isinstance(path, Path):
+        yield path
+        return
+    with path.open_input() as source:
+        yield source
+
+
+class _Store:
+    """A bucket, or a host: what the paths of one address have in common."""
+
+    def __init__(self, root: str, query: str, filesystem: FileSystem, inner: Callable[[str], str]) -> None:
+        self.root = root
+        self.query = query
+        self._filesystem = filesystem
+        self._inner = inner
+        """What the filesystem calls a path."""
+
+    def info(self, path: str) -> FileInfo:
+        return _told(lambda: self._filesystem.get_file_info(self._inner(path)))
+
+    def status(self, path: str, name: str) -> Status:
+        info = self.info(path)
+        if not info.is_file:
+            raise FileNotFoundError(f"there is no file {name}")
+        changed = info.mtime_ns
+        return Status(int(info.size or 0), changed if changed is not None else self._mark(path))
+
+    def _mark(self, path: str) -> str:
+        """What a store without times says that changes with a file's content."""
+        handler = getattr(self._filesystem, "handler", None)
+        told = _told(lambda: handler.fs.info(self._inner(path))) if handler is not None else {}
+        return " ".join(str(told[name]) for name in ("ETag", "Last-Modified", "Content-MD5", "Digest") if name in told)
+
+    def open_input(self, path: str) -> Any:
+        return self._guarded(_told(lambda: self._filesystem.open_input_file(self._inner(path))))
+
+    def open_output(self, path: str) -> Any:
+        return self._guarded(_told(lambda: self._filesystem.open_output_stream(self._inner(path), compression=None)))
+
+    def _guarded(self, fp: Any) -> Any:
+        return _Guarded(fp) if hasattr(self._filesystem, "handler") else fp  # Arrow's own raise OSErrors
+
+    def move(self, path: str, target: str) -> None:
+        _told(lambda: self._filesystem.move(self._inner(path), self._inner(target)))
+
+    def remove(self, path: str) -> None:
+        _told(lambda: self._filesystem.delete_file(self._inner(path)))
+
+    def make_folder(self, path: str) -> None:
+        if self.root.partition(":")[0] not in _BUCKETS:
+            _told(lambda: self._filesystem.create_dir(self._inner(path), recursive=True))
+
+    def listed(self, path: str, *, is_deep: bool) -> list[str]:
+        """Paths of the files below a folder; nothing if there is no such folder."""
+        from pyarrow.fs import FileSelector
+
+        folder = self._inner(path or "/")
+        selector = FileSelector(folder.rstrip("/") or folder, allow_not_found=True, recursive=is_deep)
+        infos = _told(lambda: self._filesystem.get_file_info(selector))
+        outer = len(self._inner("/").rstrip("/"))
+        return sorted(info.path[outer:] for info in infos if info.is_file)
+
+
+class _Guarded(io.RawIOBase):
+    """A store's file whose errors are OSErrors, whatever the store's library raises."""
+
+    def __init__(self, raw: Any) -> None:
+        self._raw = raw
+
+    def readable(self) -> bool:
+        """As the file says."""
+        return bool(self._raw.readable())
+
+    def writable(self) -> bool:
+        """As the file says."""
+        return bool(self._raw.writable())
+
+    def seekable(self) -> bool:
+        """As the file says."""
+        return bool(self._raw.seekable())
+
+    def tell(self) -> int:
+        """The place in the file."""
+        return int(self._raw.tell())
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        """Go to a place."""
+        return int(_told(lambda: self._raw.seek(offset, whence)))
+
+    def size(self) -> int:
+        """Bytes of the file."""
+        return int(_told(lambda: self._raw.size()))
+
+    def read(self, size: int = -1) -> bytes:
+        """The next bytes."""
+        return bytes(_told(lambda: self._raw.read(None if size < 0 else size)))
+
+    def readinto(self, buffer: Any) -> int:
+        """Put the next bytes into a buffer."""
+        piece = self.read(len(buffer))
+        buffer[: len(piece)] = piece
+        return len(piece)
+
+    def write(self, data: Any) -> int:
+        """Add bytes."""
+        _told(lambda: self._raw.write(data))
+        return len(memoryview(data).cast("B"))
+
+    def flush(self) -> None:
+        """Nothing: what was written is there once it is closed."""
+
+    def close(self) -> None:
+        """Close it; what was written appears."""
+        if not self.closed:
+            super().close()
+            _told(self._raw.close)
+
+
+def _told(call: Callable[[], _Found]) -> _Found:
+    """The libraries behind a store raise what they like."""
+    try:
+        return call()
+    except OSError:
+        raise
+    except Exception as exc:
+        raise OSError(f"{type(exc).__name__}: {exc}") from exc
+
+
+@lru_cache(maxsize=64)
+def _store(scheme: str, netloc: str, query: str) -> _Store:
+    from pyarrow import ArrowInvalid
+    from pyarrow.fs import FileSystem
+
+    root = f"{scheme}://{netloc}"
+    try:
+        filesystem, path = _told_arrow(
+            lambda: FileSystem.from_uri(f"{quote(root, safe=':/')}/{_bounded(scheme, query)}")
+        )
+    except ArrowInvalid:  # a scheme that pyarrow does not have
+        return _of_fsspec(scheme, netloc, query)
+    before = path.rstrip("/")
+    return _Store(root, query, _without_backlog(filesystem, query), lambda path: f"{before}{path}" or "/")
+
+
+def _told_arrow(call: Callable[[], _Found]) -> _Found:
+    from pyarrow import ArrowException
+
+    try:
+        return call()
+    except ArrowException:
+        raise
+    except OSError as exc:
+        raise OSError(f"{exc}") from exc
+
+
+def _bounded(scheme: str, query: str) -> str:
+    """A query under which a store that is away is given up in time: Google's library tries for 15 minutes."""
+    if scheme not in ("gs", "gcs") or "retry_limit_seconds" in query:
+        return query
+    return f"{query or '?'}{'&' if query else ''}retry_limit_seconds={_RETRY_SECONDS}"
+
+
+def _without_backlog(filesystem: FileSystem, query: str) -> FileSystem:
+    """S3 as it is, but that a part which is sent is awaited: else all of a file can wait in memory to be sent."""
+    from pyarrow import fs
+
+    if filesystem.type_name != "s3":
+        return filesystem
+    options, endpoint = dict(parse_qsl(query.removeprefix("?"))), os.environ.get("AWS_ENDPOINT_URL")
+    return fs.S3FileSystem(
+        region=filesystem.region,
+        scheme=options.get("scheme"),
+        endpoint_override=options.get("endpoint_override") or os.environ.get("AWS_ENDPOINT_URL_S3", endpoint),
+        background_writes=False,
+    )
+
+
+def _of_fsspec(scheme: str, netloc: str, query: str) -> _Store:
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+    try:
+        import fsspec
+    except ImportError:
+        raise OSError(f"{scheme}:// is opened by fsspec: install batchrun[remote]") from None
+    root = f"{scheme}://{netloc}"
+    try:
+        kind = fsspec.get_filesystem_class(scheme)
+    except ValueError:
+        raise OSError(f"{scheme}:// is no kind of address that pyarrow or fsspec opens") from None
+    except ImportError as exc:
+        raise OSError(f"{scheme}:// needs another package: {exc}") from exc
+    # Listings that it keeps would be those of before.
+    filesystem = _told(
+        lambda: kind(
+            **{**kind._get_kwargs_from_urls(f"{root}/"), "use_listings_cache": False, "skip_instance_cache": True}
+        )
+    )
+    is_whole = scheme in ("http", "https")
+
+    def inner(path: str) -> str:
+        url = f"{root}{quote(path) if is_whole else path}{query}"
+        return str(kind._strip_protocol(url))
+
+    return _Store(root, query, PyFileSystem(FSSpecHandler(filesystem)), inner)

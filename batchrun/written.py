@@ -1,0 +1,123 @@
+"""Outputs as they stand: one Parquet file, or a folder of parts whose manifest says which they are."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from batchrun.documents import parse_json
+from batchrun.remote import AnyPath, for_arrow
+
+MANIFEST_KEY = "batchrun"
+"""In a file's metadata: its manifest."""
+PART_KEY = "batchrun.part"
+"""In a part's metadata: the job and the run that it is of."""
+MANIFEST_NAME = "_manifest.json"
+"""In a folder of parts, written last; readers of datasets pass by names with an underscore."""
+PART_NAME = re.compile(r"part-\d{5,}\.parquet")
+
+
+def part_name(number: int) -> str:
+    """The name of a part, counted from 0."""
+    return f"part-{number:05d}.parquet"
+
+
+@dataclass(frozen=True)
+class Written:
+    """An output of batchrun.
+
+    Attributes:
+        manifest: what it says of its run; amounts are exact decimals.
+        files: its Parquet files, in the order of the rows.
+    """
+
+    path: AnyPath
+    manifest: dict[str, Any]
+    files: tuple[AnyPath, ...]
+
+    @classmethod
+    def at(cls, path: AnyPath) -> Written | None:
+        """The output that stands at a path; None if there is none, or it is not batchrun's."""
+        manifest = _manifest_in_file(path)
+        if manifest is not None:
+            return cls(path, manifest, (path,))
+        manifest = _manifest_in_folder(path)
+        names = manifest.get("parts") if manifest is not None else None
+        if manifest is None or not isinstance(names, list):
+            return None
+        return cls(path, manifest, tuple(path / name for name in names if PART_NAME.fullmatch(str(name))))
+
+    @cached_property
+    def schema(self) -> pa.Schema:
+        """Of all files.
+
+        Raises:
+            OSError, pa.ArrowException: the first one cannot be read.
+        """
+        with for_arrow(self.files[0]) as source:
+            return pq.read_schema(source)
+
+    @cached_property
+    def rows(self) -> int:
+        """Of all files together.
+
+        Raises:
+            OSError, pa.ArrowException: one cannot be read.
+        """
+        rows = 0
+        for path in self.files:
+            with for_arrow(path) as source:
+                rows += int(pq.read_metadata(source).num_rows)
+        return rows
+
+    def batches(self, size: int, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
+        """The rows, so many at a time at most.
+
+        Raises:
+            OSError, pa.ArrowException: a file cannot be read.
+        """
+        for path in self.files:
+            with ExitStack() as stack:
+                file = stack.enter_context(pq.ParquetFile(stack.enter_context(for_arrow(path))))
+                yield from file.iter_batches(size, columns=list(columns) if columns is not None else None)
+
+
+def manifest_of(path: AnyPath) -> dict[str, Any] | None:
+    """The manifest of the output at a path; None if there is none, or it is not batchrun's."""
+    written = Written.at(path)
+    return written.manifest if written is not None else None
+
+
+def writer_of(path: AnyPath) -> str | None:
+    """The job that has written a part; None for any other file."""
+    try:
+        with for_arrow(path) as source:
+            told = parse_json((pq.read_metadata(source).metadata or {})[PART_KEY.encode()])
+    except (OSError, pa.ArrowException, KeyError, ValueError):
+        return None
+    return str(told.get("job")) if isinstance(told, dict) else None
+
+
+def _manifest_in_file(path: AnyPath) -> dict[str, Any] | None:
+    try:
+        with for_arrow(path) as source:
+            manifest = parse_json((pq.read_metadata(source).metadata or {})[MANIFEST_KEY.encode()])
+    except (OSError, pa.ArrowException, KeyError, ValueError):
+        return None
+    return manifest if isinstance(manifest, dict) else None
+
+
+def _manifest_in_folder(path: AnyPath) -> dict[str, Any] | None:
+    try:
+        with (path / MANIFEST_NAME).open("rb") as fp:
+            manifest = parse_json(fp.read())
+    except (OSError, ValueError):
+        return None
+    return manifest if isinstance(manifest, dict) else None
