@@ -47,6 +47,8 @@ _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # Its handlers would take the place of this process's own.
+    "RAY_DISABLE_FAILURE_SIGNAL_HANDLER": "1",
     # Ray ends this process when it has missed the cluster for a minute. It is ours to end, with the truth on disk.
     "RAY_gcs_rpc_server_reconnect_timeout_s": "1000000",
 }
@@ -503,6 +505,7 @@ def _last_line(text: str) -> str:
 async def _in_thread(call: Callable[[], _Made]) -> _Made:
     """Make a call that may hang without an end: in a thread that nobody has to wait for."""
     future: Future[_Made] = Future()
+    future.set_running_or_notify_cancel()
 
     def work() -> None:
         try:

@@ -20,7 +20,7 @@ from batchrun.chat import Chat
 from batchrun.errors import BatchrunError
 from batchrun.process import allow_connections
 from batchrun.providers import Endpoint, resolve
-from batchrun.records import Exchange
+from batchrun.records import Action, Exchange, Failure
 
 SIGN_SECONDS = 2.0
 GATHERED_SECONDS = 0.005
@@ -113,12 +113,17 @@ class Worker:
             async with asyncio.timeout(SIGN_SECONDS):
                 await self._has_found.wait()
                 await asyncio.sleep(GATHERED_SECONDS)
-        found, self._found = self._found, []
+        packed = pickle.dumps(self._found, pickle.HIGHEST_PROTOCOL)
+        self._found = []
         self._has_found.clear()
-        return pickle.dumps(found, pickle.HIGHEST_PROTOCOL)
+        return packed
 
     async def _ask(self, attempt_id: int, body: bytes, client_request_id: str) -> None:
         assert self._chat is not None
-        exchange = await self._chat.ask(body, client_request_id)
+        try:
+            exchange = await self._chat.ask(body, client_request_id)
+        except Exception as exc:  # noqa: BLE001 - whoever waits for it must hear of it; its words may hold anything
+            why = f"{type(exc).__name__} while it was asked, on {socket.gethostname()}"
+            exchange = Exchange("unknown", failure=Failure("interrupted", Action.RETRY, why))
         self._found.append((attempt_id, exchange))
         self._has_found.set()

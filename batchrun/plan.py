@@ -152,7 +152,7 @@ class Plan:
         real = _real(path)
         if any(file.parent == real for file in self.source.paths) and self.job.output.part_mb is not None:
             raise JobError(f"{where}: the folder {path} holds the input too: name another folder")
-        is_read = self.source.would_read(path) or self.source.would_read(path / part_name(0))
+        is_read = self.source.would_read(path / part_name(0) if self.job.output.part_mb is not None else path)
         if (other := taken.get(real)) is not None or is_read:
             raise JobError(f"{where}: {path} is {other or 'part of the input'} too: name another file")
         return path

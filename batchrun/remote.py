@@ -345,7 +345,7 @@ def _store(scheme: str, netloc: str, query: str) -> _Store:
     root = f"{scheme}://{netloc}"
     try:
         filesystem, path = _told_arrow(
-            lambda: FileSystem.from_uri(f"{quote(root, safe=':/')}/{_bounded(scheme, query)}")
+            lambda: FileSystem.from_uri(f"{quote(root, safe=':/@[]')}/{_bounded(scheme, query)}")
         )
     except ArrowInvalid:  # a scheme that pyarrow does not have
         return _of_fsspec(scheme, netloc, query)

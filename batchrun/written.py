@@ -50,9 +50,11 @@ class Written:
             return cls(path, manifest, (path,))
         manifest = _manifest_in_folder(path)
         names = manifest.get("parts") if manifest is not None else None
-        if manifest is None or not isinstance(names, list):
+        if manifest is None or not isinstance(names, list) or not names:
             return None
-        return cls(path, manifest, tuple(path / name for name in names if PART_NAME.fullmatch(str(name))))
+        if not all(PART_NAME.fullmatch(str(name)) for name in names):
+            return None
+        return cls(path, manifest, tuple(path / name for name in names))
 
     @cached_property
     def schema(self) -> pa.Schema:

@@ -75,6 +75,7 @@ class _Found:
     def __init__(self, folder: Path) -> None:
         self.pid = int(folder.name)
         self.command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        self.parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
         self.session = int((folder / "stat").read_text().rpartition(")")[2].split()[3])
 
 
@@ -320,7 +321,7 @@ def test_a_signal_while_it_connects_ends_it(work: Workspace, provide: Provide) -
     for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
         with work.start("job.yaml") as process:
             deadline = time.monotonic() + 60
-            while "gcs_server" not in " ".join(one.command for one in _processes() if one.session == os.getsid(0)):
+            while not any("gcs_server" in one.command and one.parent == process.pid for one in _processes()):
                 assert time.monotonic() < deadline
                 time.sleep(0.05)
             process.send_signal(number)
