@@ -355,6 +355,7 @@ def local_path(path: str) -> str:
     if "\0" in path:
         raise ValueError("holds a NUL character")
     if is_url(path):
+        check_url(path)
         raise ValueError(f"{path!r} is not on this machine, and has to be")
     return path
 
