@@ -69,11 +69,21 @@ class _Commands(click.Group):
         return super().parse_args(ctx, args)
 
 
+class _PathHere(click.Path):
+    """A path of this machine."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Refuse an address before it becomes a path that nobody meant."""
+        if isinstance(value, str) and is_url(value):
+            self.fail(f"{value} is not on this machine, and has to be", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 _ADOPT = click.option(
     "--adopt-ledger", is_flag=True, help="Take over the ledger of a job file that has been moved or renamed."
 )
 _AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object on stdout.")
-_JOB = click.argument("job", type=click.Path(path_type=Path), metavar="JOB")
+_JOB = click.argument("job", type=_PathHere(path_type=Path), metavar="JOB")
 _SETTINGS = (
     click.option(
         "--set", "assignments", multiple=True, metavar="KEY=VALUE",
@@ -289,7 +299,7 @@ def compare(run_a: str, run_b: str, as_json: bool) -> None:
 @click.option("--offline", is_flag=True, help="With --reprice: take the provider's price list as it came last.")
 @click.option(
     "--to",
-    type=click.Path(path_type=Path),
+    type=_PathHere(path_type=Path),
     metavar="FILE",
     help="Write another file instead: .csv, .jsonl or .parquet.",
 )
@@ -400,8 +410,8 @@ def salvage(job: Path, adopt_ledger: bool) -> None:
 
 
 @cli.command()
-@click.argument("data", type=click.Path(path_type=Path), metavar="DATA")
-@click.option("--output", "-o", type=click.Path(path_type=Path), help="The job file to write. Default: beside DATA.")
+@click.argument("data", type=_PathHere(path_type=Path), metavar="DATA")
+@click.option("--output", "-o", type=_PathHere(path_type=Path), help="The job file to write. Default: beside DATA.")
 def init(data: Path, output: Path | None) -> None:
     """Write a commented job file for a data file (.csv, .tsv, .parquet, .jsonl)."""
     from batchrun.starter import write_starter
@@ -411,7 +421,7 @@ def init(data: Path, output: Path | None) -> None:
 
 
 @cli.command()
-@click.argument("paths", nargs=-1, type=click.Path(path_type=Path), metavar="[PATH…]")
+@click.argument("paths", nargs=-1, type=_PathHere(path_type=Path), metavar="[PATH…]")
 @click.option(
     "--by",
     metavar="KEY",
@@ -428,10 +438,10 @@ def init(data: Path, output: Path | None) -> None:
     show_default=True,
     help="CSV and Parquet hold the runs or, with --by, its groups.",
 )
-@click.option("--output", type=click.Path(path_type=Path), metavar="FILE", help="Write there, not to stdout.")
+@click.option("--output", type=_PathHere(path_type=Path), metavar="FILE", help="Write there, not to stdout.")
 @click.option(
     "--html",
-    type=click.Path(path_type=Path),
+    type=_PathHere(path_type=Path),
     metavar="FILE",
     help="Write a page with charts, which needs no network and runs no script.",
 )

@@ -130,7 +130,7 @@ class EarlyOutput:
     def start(self) -> None:
         """Begin, in a thread of its own; without one, all of it is left for the end."""
         with suppress(RuntimeError):
-            threading.Thread(target=self._write, name="output").start()
+            threading.Thread(target=self._write, name="output", daemon=True).start()
             self._is_begun = True
 
     def finish(self, summary: Summary) -> Derivation | None:

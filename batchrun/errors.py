@@ -46,6 +46,12 @@ def listed(names: Sequence[str]) -> str:
     return ", ".join(name if len(name) <= 100 else f"{name[:99]}…" for name in names[:_LISTED]) + more
 
 
+def oneline(exc: BaseException) -> str:
+    """An error of somebody else for a message: its kind and its words, on one line."""
+    words = " ".join(str(exc).split())
+    return f"{type(exc).__name__}: {words if len(words) <= 400 else words[:399] + '…'}".rstrip(": ")
+
+
 class BatchrunError(Exception):
     """Base of all errors that the command line prints and exits with."""
 

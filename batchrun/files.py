@@ -20,9 +20,9 @@ import pyarrow.json as json_format
 import pyarrow.parquet as pq
 
 from batchrun.columns import build
-from batchrun.errors import InputError
+from batchrun.errors import InputError, StorageError
 from batchrun.jsonl import Record, infer, records
-from batchrun.remote import AnyPath, for_arrow
+from batchrun.remote import AnyPath, RemotePath, for_arrow
 from batchrun.textfile import MOST_CHARACTERS, Place, has_places, lines_of, open_text
 
 _BATCH_ROWS = 1024
@@ -235,6 +235,9 @@ def reading(path: AnyPath) -> Iterator[None]:
     except csv.Error as exc:
         raise InputError(f"{path}: line 1: no valid CSV: {exc}") from exc
     except (OSError, EOFError, zlib.error, UnicodeError, pa.ArrowException) as exc:
+        if isinstance(path, RemotePath) and isinstance(exc, OSError) and not isinstance(exc, FileNotFoundError):
+            # The store does not do as it should, which says nothing of the input.
+            raise StorageError(f"{path}: cannot be read: {exc}") from exc
         raise InputError(f"{path}: cannot be read: {exc}") from exc
 
 

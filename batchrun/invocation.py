@@ -176,7 +176,6 @@ def _ask(context: _Context, rows: int, settled: int, early: EarlyOutput) -> _End
         slots = rows * plan.slots.number
         total = slots if only is None else min(slots, settled + len(only) * plan.slots.number)
         progress = context.watch(total=total, rows=slots, settled=settled, usd=usd, tokens=tokens)
-    _abandon_others(context)
     try:
         with asyncio.Runner(loop_factory=_new_loop) as runner:
             ended = runner.run(_drive(context, _chain(first, pending), pricings, budget, progress, early))
@@ -236,6 +235,7 @@ async def _drive(
 ) -> _Ended:
     job, deadline = context.plan.job, context.deadline
     async with _sender(context, pricings) as sender:
+        _abandon_others(context)
         runner = Runner(
             context.ledger,
             context.run,
@@ -270,9 +270,10 @@ def _sender(context: _Context, pricings: Mapping[str, Pricing]) -> AbstractAsync
     """What sends the requests: this process, or the workers of a cluster."""
     job, endpoint = context.plan.job, context.plan.endpoint
     if job.engine.name == "ray":
-        from batchrun.cluster import ClusterSender
+        from batchrun.cluster import RayCluster
+        from batchrun.hands import ClusterSender
 
-        return ClusterSender(job, endpoint, pricings, context.say)
+        return ClusterSender(job, endpoint, pricings, context.say, RayCluster(job))
     from batchrun.chat import ChatSender
 
     return ChatSender(

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
-from urllib.parse import unquote, urlsplit
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
@@ -205,8 +204,6 @@ class Job(Setting):
 
     def resolve(self, path: str) -> Path:
         """A path of the job file as it stands there: relative ones start at the job file's folder."""
-        if path.startswith("file://"):
-            path = unquote(urlsplit(path).path)
         try:
             expanded = Path(path).expanduser()
         except RuntimeError:
@@ -306,7 +303,10 @@ def ledger_beside(output: str, name: str) -> str:
 
 def leading_folder(output: str) -> tuple[Path, bool]:
     """The longest leading folder without a placeholder, and whether hive folders begin there."""
-    folder = below = Path(output).parent
+    # A folder of parts is one itself.
+    folder = below = Path(output).parent if output.endswith(".parquet") else Path(output)
+    if folder == Path(output) and "{" not in folder.name:
+        folder = below = folder.parent
     while "{" in str(folder):
         folder, below = folder.parent, folder
     return folder, below != folder and "=" in below.name

@@ -23,6 +23,7 @@ from batchrun.providers import Endpoint, resolve
 from batchrun.records import Action, Exchange, Failure
 
 SIGN_SECONDS = 2.0
+_MOST_FOUND_BYTES = 8 * 1024 * 1024
 GATHERED_SECONDS = 0.005
 """So long what is to go to the other side waits for more: a message costs as much as ten rows."""
 
@@ -35,6 +36,8 @@ Found = list[tuple[int, Exchange]]
 class Orders(NamedTuple):
     """How a worker asks. It holds no secret: those are in the environment of its node."""
 
+    build: str
+    """The head's: with another one, nothing else of this need mean the same."""
     provider: dict[str, Any]
     """The job's setting."""
     streamed: bool
@@ -75,16 +78,19 @@ def digest(endpoint: Endpoint, salt: bytes) -> str:
 class Worker:
     """An actor. Its methods are called by one head, side by side."""
 
-    def __init__(self, orders: Orders) -> None:
+    def __init__(self, *orders: Any) -> None:
         self._orders = orders
         self._chat: Chat | None = None
         self._asking: set[asyncio.Task[None]] = set()
         self._found: Found = []
         self._has_found = asyncio.Event()
 
-    async def prove(self) -> Proof:
-        """Make ready, and show it."""
-        orders, host = self._orders, socket.gethostname()
+    async def prove(self) -> tuple[Any, ...]:
+        """Make ready, and show it: a `Proof`."""
+        host = socket.gethostname()
+        if self._orders[0] != build():
+            return tuple(Proof(host, build(), ""))
+        orders = Orders(*self._orders)
         try:
             endpoint = resolve(**orders.provider, environ=os.environ)
             allow_connections(orders.concurrency)
@@ -96,8 +102,8 @@ class Worker:
                 streamed=orders.streamed,
             )
         except BatchrunError as exc:
-            return Proof(host, build(), "", str(exc))
-        return Proof(host, build(), digest(endpoint, orders.salt))
+            return tuple(Proof(host, build(), "", str(exc)))
+        return tuple(Proof(host, build(), digest(endpoint, orders.salt)))
 
     async def take(self, packed: bytes) -> None:
         """Send the requests of a pickled `Parcel`."""
@@ -113,9 +119,14 @@ class Worker:
             async with asyncio.timeout(SIGN_SECONDS):
                 await self._has_found.wait()
                 await asyncio.sleep(GATHERED_SECONDS)
-        packed = pickle.dumps(self._found, pickle.HIGHEST_PROTOCOL)
-        self._found = []
-        self._has_found.clear()
+        size = count = 0
+        while count < len(self._found) and size < _MOST_FOUND_BYTES:
+            size += len(self._found[count][1].body)
+            count += 1
+        packed = pickle.dumps(self._found[:count], pickle.HIGHEST_PROTOCOL)
+        del self._found[:count]
+        if not self._found:
+            self._has_found.clear()
         return packed
 
     async def _ask(self, attempt_id: int, body: bytes, client_request_id: str) -> None:

@@ -210,6 +210,8 @@ def rewrite(
     if to is not None:
         if isinstance(output, Path) and to.absolute().resolve() == output.resolve():
             raise JobError(f"--to: {to} is the output of the job itself: name another file, or leave --to out")
+        if to.absolute().parent == output:
+            raise JobError(f"--to: {to} is in the folder of the job's own output: name another place")
         output = plan.refuse_own(to.absolute(), "--to")
     names = check_export(to, columns, plan.schema) if to is not None else plan.schema.names
     rows = place(plan, ledger, run)

@@ -236,6 +236,8 @@ class Plan:
         for start, stop in ledger.unsettled(run, self.slots, rows, retry_failed=retry_failed):
             self.source.refuse_change()
             for batch in self.source.batches(self.columns, start, stop):
+                if self.source.is_remote:  # nothing holds a file in a store as it was when it was opened
+                    self.source.refuse_change()
                 wanted = self._wanted(ledger, run, batch.start, batch.start + batch.rows.num_rows, retry_failed, only)
                 if not wanted:
                     continue

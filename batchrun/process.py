@@ -43,9 +43,12 @@ def calm_collector() -> None:
     gc.set_threshold(_OBJECTS_BEFORE_COLLECTION)
 
 
-def note_stuck() -> None:
-    """Something of a library hangs, and would keep this process from ending."""
-    _STUCK.set()
+def note_stuck(*, is_so: bool) -> None:
+    """Something of a library hangs, and would keep this process from ending; or it does no more."""
+    if is_so:
+        _STUCK.set()
+    else:
+        _STUCK.clear()
 
 
 def is_stuck() -> bool:

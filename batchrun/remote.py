@@ -21,19 +21,22 @@ if TYPE_CHECKING:
     from pyarrow.fs import FileInfo, FileSystem
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
-_SECRET = re.compile(r"auth|key|token|secret|sig|credential|password", re.IGNORECASE)
+_SECRET = re.compile(
+    r"secret|token|passw|(?:^|[_.-])(?:\w*key|sig|signature|credential|pwd|auth)(?:$|[_.-](?!kind))", re.IGNORECASE
+)
 _PATTERN = re.compile(r"[*\[]")
 _READ_BYTES = 4 * 1024 * 1024
 """Of a store at a time: each read is a request."""
 _BUCKETS = ("s3", "gs", "gcs")
 """Stores without folders: an object's name holds slashes."""
+_MARKS = ("etag", "last-modified", "last_modified", "lastmodified", "updated", "created", "content-md5", "digest")
 _RETRY_SECONDS = 30
 _Found = TypeVar("_Found")
 
 
 def is_url(path: str) -> bool:
     """True for what is no path of this machine."""
-    return _URL.match(path) is not None and not path.startswith("file://")
+    return _URL.match(path) is not None
 
 
 def check_url(url: str) -> None:
@@ -43,17 +46,20 @@ def check_url(url: str) -> None:
         ValueError: what is wrong with it.
     """
     parts = urlsplit(url)
+    if parts.scheme == "file":
+        raise ValueError(f"{url!r} is on this machine: write the path alone")
     user, at, _ = parts.netloc.rpartition("@")
-    if at and (":" in user or not parts.scheme.startswith("abfs")):  # Azure has the container there
+    # Azure has the container there, and Google's store takes "anonymous" for nobody.
+    if at and (":" in user or not (parts.scheme.startswith("abfs") or user == "anonymous")):
         raise ValueError(
             f"{parts.scheme}://…@{parts.netloc.rpartition('@')[2]} holds a user name or a key: "
             "give it to the store's own settings or environment variables, such as AWS_ACCESS_KEY_ID"
         )
-    for name, _ in parse_qsl(parts.query, keep_blank_values=True):
-        if _SECRET.search(name):
+    for name, value in parse_qsl(parts.query, keep_blank_values=True):
+        if _SECRET.search(name) or "@" in value:
             raise ValueError(f"{parts.scheme}://{parts.netloc}{parts.path}: {name} looks like a secret in an address")
     if parts.fragment or "\0" in url:
-        raise ValueError(f"{url!r} holds a # or a NUL character")
+        raise ValueError(f"{parts.scheme}://{parts.netloc}{parts.path} holds a # or a NUL character")
     if not parts.netloc and parts.scheme in (*_BUCKETS, "http", "https"):
         raise ValueError(f"{url!r} names no {'bucket' if parts.scheme in _BUCKETS else 'host'}")
 
@@ -84,21 +90,29 @@ class RemotePath:
         Raises:
             OSError: nothing that is installed opens it.
         """
-        parts = urlsplit(url)
+        try:
+            parts = urlsplit(url)
+        except ValueError as exc:
+            raise OSError(f"{url} is no address: {exc}") from exc
         query = f"?{parts.query}" if parts.query else ""
-        return cls(_store(parts.scheme.lower(), parts.netloc, query), unquote(parts.path))
+        return cls(_store(parts.scheme, parts.netloc, query), unquote(parts.path).rstrip("/"))
 
     def __str__(self) -> str:
-        return f"{self._store.root}{self._path}{self._store.query}"
+        return f"{self._place.replace('%', '%25').replace('?', '%3F').replace('#', '%23')}{self._store.query}"
+
+    @property
+    def _place(self) -> str:
+        """The same for the same file, however its store is reached."""
+        return f"{self._store.root}{self._path}"
 
     def __repr__(self) -> str:
         return f"RemotePath({str(self)!r})"
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, RemotePath) and str(self) == str(other)
+        return isinstance(other, RemotePath) and self._place == other._place
 
     def __hash__(self) -> int:
-        return hash(str(self))
+        return hash(self._place)
 
     def __truediv__(self, name: str) -> RemotePath:
         return RemotePath(self._store, f"{self._path.rstrip('/')}/{name}")
@@ -186,21 +200,28 @@ class RemotePath:
 
     def matches(self, pattern: RemotePath) -> bool:
         """Whether a pattern names it."""
-        if (self._store.root, self._store.query) != (pattern._store.root, pattern._store.query):
-            return False
-        parts, wanted = self._path.split("/"), pattern._path.split("/")
-        if "**" in wanted:
-            return fnmatch.fnmatchcase(self._path, pattern._path.replace("/**/", "/*"))
-        return len(parts) == len(wanted) and all(map(fnmatch.fnmatchcase, parts, wanted))
+        return self._store.root == pattern._store.root and _fits(self._path.split("/"), pattern._path.split("/"))
 
     def found(self) -> list[RemotePath]:
         """The files that a pattern names, by name."""
         fixed = self._path[: _PATTERN.search(self._path).start()] if self.is_pattern else self._path  # type: ignore[union-attr]
-        is_deep = "/" in self._path[len(fixed) :]
+        is_deep = "/" in self._path[len(fixed) :] or "**" in self._path
         paths = (
             RemotePath(self._store, path) for path in self._store.listed(fixed.rpartition("/")[0], is_deep=is_deep)
         )
         return [path for path in paths if path.matches(self)]
+
+
+def _fits(parts: list[str], wanted: list[str]) -> bool:
+    """Whether a path's parts are those of a pattern; as on this machine, it finds no hidden ones."""
+    if not wanted:
+        return not parts
+    if wanted[0] == "**":
+        goes_deeper = bool(parts) and not parts[0].startswith(".") and _fits(parts[1:], wanted)
+        return goes_deeper or _fits(parts, wanted[1:] if wanted[1:] else ["*"])
+    if not parts or parts[0].startswith(".") > wanted[0].startswith("."):
+        return False
+    return fnmatch.fnmatchcase(parts[0], wanted[0]) and _fits(parts[1:], wanted[1:])
 
 
 AnyPath = Path | RemotePath
@@ -240,7 +261,7 @@ class _Store:
         """What a store without times says that changes with a file's content."""
         handler = getattr(self._filesystem, "handler", None)
         told = _told(lambda: handler.fs.info(self._inner(path))) if handler is not None else {}
-        return " ".join(str(told[name]) for name in ("ETag", "Last-Modified", "Content-MD5", "Digest") if name in told)
+        return " ".join(str(value) for name, value in sorted(told.items()) if name.lower() in _MARKS)
 
     def open_input(self, path: str) -> Any:
         return self._guarded(_told(lambda: self._filesystem.open_input_file(self._inner(path))))
@@ -252,7 +273,10 @@ class _Store:
         return _Guarded(fp) if hasattr(self._filesystem, "handler") else fp  # Arrow's own raise OSErrors
 
     def move(self, path: str, target: str) -> None:
-        _told(lambda: self._filesystem.move(self._inner(path), self._inner(target)))
+        handler = getattr(self._filesystem, "handler", None)
+        # Not every store of fsspec takes what pyarrow would tell it besides.
+        move = self._filesystem.move if handler is None else handler.fs.mv
+        _told(lambda: move(self._inner(path), self._inner(target)))
 
     def remove(self, path: str) -> None:
         _told(lambda: self._filesystem.delete_file(self._inner(path)))
@@ -339,29 +363,17 @@ def _told(call: Callable[[], _Found]) -> _Found:
 
 @lru_cache(maxsize=64)
 def _store(scheme: str, netloc: str, query: str) -> _Store:
-    from pyarrow import ArrowInvalid
     from pyarrow.fs import FileSystem
 
     root = f"{scheme}://{netloc}"
     try:
-        filesystem, path = _told_arrow(
-            lambda: FileSystem.from_uri(f"{quote(root, safe=':/@[]')}/{_bounded(scheme, query)}")
-        )
-    except ArrowInvalid:  # a scheme that pyarrow does not have
-        return _of_fsspec(scheme, netloc, query)
-    before = path.rstrip("/")
-    return _Store(root, query, _without_backlog(filesystem, query), lambda path: f"{before}{path}" or "/")
-
-
-def _told_arrow(call: Callable[[], _Found]) -> _Found:
-    from pyarrow import ArrowException
-
-    try:
-        return call()
-    except ArrowException:
-        raise
+        filesystem, path = _told(lambda: FileSystem.from_uri(f"{quote(root, safe=':/@[]')}/{_bounded(scheme, query)}"))
     except OSError as exc:
-        raise OSError(f"{exc}") from exc
+        if "Unrecognized filesystem type" in str(exc):  # by pyarrow
+            return _of_fsspec(scheme, netloc, query)
+        raise
+    before = path.rstrip("/")
+    return _Store(root, query, _without_backlog(filesystem), lambda path: f"{before}{path}" or "/")
 
 
 def _bounded(scheme: str, query: str) -> str:
@@ -371,19 +383,17 @@ def _bounded(scheme: str, query: str) -> str:
     return f"{query or '?'}{'&' if query else ''}retry_limit_seconds={_RETRY_SECONDS}"
 
 
-def _without_backlog(filesystem: FileSystem, query: str) -> FileSystem:
+def _without_backlog(filesystem: FileSystem) -> FileSystem:
     """S3 as it is, but that a part which is sent is awaited: else all of a file can wait in memory to be sent."""
     from pyarrow import fs
 
     if filesystem.type_name != "s3":
         return filesystem
-    options, endpoint = dict(parse_qsl(query.removeprefix("?"))), os.environ.get("AWS_ENDPOINT_URL")
-    return fs.S3FileSystem(
-        region=filesystem.region,
-        scheme=options.get("scheme"),
-        endpoint_override=options.get("endpoint_override") or os.environ.get("AWS_ENDPOINT_URL_S3", endpoint),
-        background_writes=False,
+    _, (options,) = filesystem.__reduce__()
+    endpoint = (
+        options.get("endpoint_override") or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     )
+    return fs.S3FileSystem(**{**options, "endpoint_override": endpoint, "background_writes": False})
 
 
 def _of_fsspec(scheme: str, netloc: str, query: str) -> _Store:

@@ -52,6 +52,8 @@ _DURABLE_GAP = 0.01
 _WALLS = 3
 """Rows that are told to wait for longer than they may, without an answer between; or times that a lone row is."""
 _WALL_PAUSE = 1.0
+_LOSSES = 3
+"""So often a row is sent again at once where its sender was lost; it may be what its senders are lost by."""
 _LATELY = 100
 """Answers by which it is told how long one takes."""
 _LEAST_LOOK_SECONDS, _MOST_LOOK_SECONDS = 0.01, 1.0
@@ -92,6 +94,8 @@ class _Work:
     tries: int = field(default=0, compare=False)
     walls: int = field(default=0, compare=False)
     """How often it was told to wait for longer than it may."""
+    losses: int = field(default=0, compare=False)
+    """How often whoever was to send it was lost."""
 
 
 class Runner:
@@ -355,7 +359,7 @@ class Runner:
     def _decide(self, work: _Work, exchange: Exchange) -> tuple[bool, Stop | None]:
         """Whether the exchange decides its slot, and whether it ends the run."""
         failure = exchange.failure
-        if failure is not None and failure.is_engines_fault:
+        if failure is not None and failure.is_engines_fault and work.losses < _LOSSES:
             return False, self._send_elsewhere(work, failure)
         stop = self._health.note(work.request.slot.model, exchange, self._clock(), work.tries - work.request.tries)
         if failure is None:
@@ -390,6 +394,7 @@ class Runner:
         """Whoever was to send it was lost: it is sent again at once, and that is none of the row's tries."""
         if failure.action is Action.STOP:
             return Stop(ExitCode.PROVIDER, failure.kind, f"{failure.message}; run again to go on")
+        work.losses += 1
         if not self._stopping.is_set():
             work.due, work.order, work.started = self._clock(), next(self._order), None
             heapq.heappush(self._waiting, work)

@@ -282,7 +282,7 @@ class EngineSetting(Setting):
     )
     workers: int | None = Field(None, ge=1, le=10_000, description="How many. Default: one a node.")
     worker_cpus: Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)] = Field(
-        1.0, description="CPUs that a worker takes up of its node."
+        1.0, description="CPUs that a worker takes up of its node: a part of one, or a whole number."
     )
     start_seconds: Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)] = Field(
         120.0, description="How long to wait for workers to begin."
@@ -303,9 +303,18 @@ class EngineSetting(Setting):
             raise ValueError(f"{', '.join(others)}: is for the engine ray: add name: ray")
         return self
 
+    @field_validator("worker_cpus")
+    @classmethod
+    def _countable(cls, value: float) -> float:
+        if (value > 1 and value != int(value)) or 0 < value < 0.0001:
+            raise ValueError("should be a part of 1 (0.0001 at least), or a whole number")
+        return value
+
     @field_validator("runtime_env")
     @classmethod
     def _open(cls, value: Any) -> Any:
+        if re.search(r"://[^/@\s]+@", json.dumps(value, default=str)):
+            raise ValueError("holds a user name or password in an address, and Ray writes these into its logs")
         variables = value.get("env_vars") if isinstance(value, dict) else None
         for name in variables if isinstance(variables, dict) else ():
             if secret_in_plain_sight(str(name), ""):
@@ -346,6 +355,7 @@ def local_path(path: str) -> str:
     if "\0" in path:
         raise ValueError("holds a NUL character")
     if is_url(path):
+        check_url(path)
         raise ValueError(f"{path!r} is not on this machine, and has to be")
     return path
 

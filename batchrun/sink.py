@@ -79,9 +79,18 @@ def write_parts(
             for beside in _hidden_parts(folder):
                 beside.unlink(missing_ok=True)
             raise
+        old_parts = _part_files(folder)
+        for part in old_parts:
+            if (writer := writer_of(part)) != parts.label["job"]:
+                raise StorageError(
+                    f"the output {folder} holds {part.name}, which {writer or 'nobody known'} wrote: name another "
+                    "folder, or remove it; `batchrun export` writes the output again"
+                )
         (folder / MANIFEST_NAME).unlink(missing_ok=True)
-        for old in _own_parts(folder):
-            old.unlink(missing_ok=True)
+        for part in old_parts:
+            part.unlink(missing_ok=True)
+        if isinstance(folder, Path):
+            sync_folder(folder)
         for number, beside in enumerate(written):
             beside.replace(folder / part_name(number))  # type: ignore[arg-type]
         if isinstance(folder, Path):
@@ -213,11 +222,6 @@ def _part_files(folder: AnyPath) -> list[Any]:
     if isinstance(folder, RemotePath) or folder.is_dir():
         return [path for path in folder.iterdir() if PART_NAME.fullmatch(path.name)]
     return []
-
-
-def _own_parts(folder: AnyPath) -> list[Any]:
-    """Those that batchrun has written."""
-    return [path for path in _part_files(folder) if writer_of(path) is not None]
 
 
 def _hidden_parts(folder: AnyPath) -> list[Any]:

@@ -88,6 +88,11 @@ class Source:
         return list(self.schema.names)
 
     @property
+    def is_remote(self) -> bool:
+        """True if the files are in a store."""
+        return isinstance(self._job_path, RemotePath)
+
+    @property
     def file_names(self) -> str:
         """The files, for a message."""
         first = str(self._files[0].path)
@@ -151,11 +156,11 @@ class Source:
         Raises:
             InputError: the files are not those that were first looked at.
         """
-        now = time.monotonic()
-        if isinstance(self._job_path, RemotePath) and now - self._looked_at < _LOOK_SECONDS:
+        if self.is_remote and time.monotonic() - self._looked_at < _LOOK_SECONDS:
             return
-        self._looked_at = now
-        if self.fingerprint() != self.seen:
+        found = self.fingerprint()
+        self._looked_at = time.monotonic()
+        if found != self.seen:
             raise InputError(f"{self.file_names} has changed while the run went on")
 
     def batches(self, only: Sequence[str] | None = None, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
@@ -230,7 +235,7 @@ def _find(job: Job) -> list[InputFile]:
 
 
 def _stored(path: RemotePath) -> list[RemotePath]:
-    if path.is_pattern:
+    if path.is_pattern and not path.is_file():
         paths = path.found()
         if not paths:
             raise InputError(f"input: there is no file {path}")

@@ -57,7 +57,7 @@ FLOORS = [
         "comparison",
     },
     {"derive", "exports", "journal", "report", "pruning", "node"},
-    {"cluster"},
+    {"cluster", "hands"},
     {"report_formats", "report_groups", "report_figures"},
     {"report_charts"},
     {"report_drawn"},

@@ -334,7 +334,7 @@ def test_a_signal_while_it_connects_ends_it(work: Workspace, provide: Provide) -
     [
         ({"engine": {"name": "ray", "address": "127.0.0.1:9", "start_seconds": 5}}, 4, "that can be reached"),
         ({"engine": {"name": "ray", "address": "ray://127.0.0.1:10001"}}, 2, "call batchrun on a node of it"),
-        ({"engine": {"name": "ray", "worker_cpus": 900, "start_seconds": 5}}, 4, "no worker has begun within 5 s"),
+        ({"engine": {"name": "ray", "worker_cpus": 1.5}}, 2, "should be a part of 1"),
         ({"engine": {"name": "spark"}}, 2, "engine.name"),
         ({"engine": {"workers": 3}}, 2, "is for the engine ray"),
         (
@@ -344,7 +344,7 @@ def test_a_signal_while_it_connects_ends_it(work: Workspace, provide: Provide) -
         ),
         ({"engine": "ray", "provider": "local", "model": "smollm2-135m"}, 2, "other machines do not reach"),
     ],
-    ids=["nobody there", "client", "no room", "no engine", "local with workers", "secret", "local model"],
+    ids=["nobody there", "client", "cpus", "no engine", "local with workers", "secret", "local model"],
 )
 def test_what_is_wrong_is_named_before_anything_is_sent(
     work: Workspace, provide: Provide, keys: dict[str, Any], code: int, said: str
@@ -356,6 +356,15 @@ def test_what_is_wrong_is_named_before_anything_is_sent(
     assert (found, said in stderr) == (code, True), stderr
     assert document["exit_code"] == code
     assert provider.requests == []
+
+
+def test_a_cluster_without_room_is_told(work: Workspace, provide: Provide, cluster: Cluster) -> None:
+    provider = provide()
+    work.write_rows(["a"])
+    work.write_job(provider.base_url, engine=engine(cluster, worker_cpus=900, start_seconds=15))
+    code, document, stderr = call(work, "--json")
+    assert (code, "no worker has begun within 15 s" in stderr) == (4, True), stderr
+    assert (document["reason"], provider.requests) == ("cluster", [])
 
 
 def test_a_node_with_another_key_is_refused(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import gzip
 import http.server
 import importlib.util
@@ -66,6 +67,11 @@ class Bucket:
 
     def clear(self) -> None:
         self.fs.delete_dir_contents(self.name)
+        self.abort_uploads()
+
+    def abort_uploads(self) -> None:
+        for upload in self._client.list_multipart_uploads(Bucket=self.name).get("Uploads", []):
+            self._client.abort_multipart_upload(Bucket=self.name, Key=upload["Key"], UploadId=upload["UploadId"])
 
     @property
     def endpoint(self) -> str:
@@ -95,12 +101,15 @@ class Bucket:
     @property
     def uploads(self) -> int:
         """Uploads under way."""
+        return len(self._client.list_multipart_uploads(Bucket=self.name).get("Uploads", []))
+
+    @property
+    def _client(self) -> Any:
         import boto3
 
-        client = boto3.client(
+        return boto3.client(
             "s3", endpoint_url=self.endpoint, region_name="us-east-1", aws_access_key_id="x", aws_secret_access_key="y"
         )
-        return len(client.list_multipart_uploads(Bucket=self.name).get("Uploads", []))
 
 
 @pytest.fixture(scope="module")
@@ -312,6 +321,7 @@ def test_a_kill_during_the_upload_leaves_no_half_output(
     work.write_job(provider.base_url, output=output, **LEDGER)
     killed = 0
     for chance in (0.0, 0.05, 0.2, 0.5):
+        bucket.abort_uploads()
         with work.start("job.yaml") as process:
             while process.poll() is None and not bucket.uploads:
                 time.sleep(0.005)
@@ -324,7 +334,8 @@ def test_a_kill_during_the_upload_leaves_no_half_output(
     assert killed > 0
     result = work.run("--json")
     assert (result.code, result.json["ok"]) == (0, 600), result.stderr
-    assert len(provider.requests) == 600 + result.json["unknown_outcomes"]
+    # One that was killed before it was sent is unknown to us, and nothing to the provider.
+    assert 600 <= len(provider.requests) <= 600 + result.json["unknown_outcomes"]
     assert [key for key in bucket.keys if key.rpartition("/")[2].startswith(".")] == []
     assert "verified" in work.batchrun("verify", "job.yaml").stdout
 
@@ -542,16 +553,85 @@ def test_outputs_in_a_store_of_fsspec() -> None:
     assert sorted(file.name for file in folder.iterdir()) == ["_manifest.json", "part-00000.parquet"]
 
 
-def test_a_file_url_is_a_path(work: Workspace, provide: Provide) -> None:
+def test_a_file_url_is_refused(work: Workspace, provide: Provide) -> None:
     work.write_rows(["a"])
-    work.write_job(provide().base_url, input=(work.folder / "in.csv").as_uri(), output=work.output.as_uri())
-    assert work.run().code == 0
-    assert len(work.rows()) == 1
+    work.write_job(provide().base_url, input=(work.folder / "in.csv").as_uri())
+    assert "is on this machine: write the path alone" in work.run().stderr
+    work.write_job(provide().base_url)
+    for option in ("--input", "--output"):
+        assert "is on this machine: write the path alone" in work.run(option, work.output.as_uri()).stderr
+    assert "is not on this machine" in work.batchrun("export", "job.yaml", "--to", "s3://bucket/x.csv").stderr
 
 
-@pytest.mark.parametrize("url", ["gs://bucket/x.csv", "abfs://box@account.dfs.core.windows.net/x", "hdfs://host/x"])
-def test_addresses_of_other_stores_are_none_to_be_refused(url: str) -> None:
+@pytest.mark.parametrize(
+    ("url", "kind", "inner"),
+    [
+        ("gs://anonymous@bucket/deep/x.csv", "gcs", "bucket/deep/x.csv"),
+        ("abfs://box@account.dfs.core.windows.net/deep/x.csv", "abfs", "box/deep/x.csv"),
+        ("s3://bucket/deep/gr%C3%BCn%20x.csv?region=eu-west-1&scheme=http", "s3", "bucket/deep/grün x.csv"),
+        ("s3://bucket/deep/x/?endpoint_override=http://127.0.0.1:9&region=x", "s3", "bucket/deep/x"),
+        ("http://host/deep/x%20y.csv", "py::fsspec", "http://host/deep/x%20y.csv"),
+    ],
+)
+def test_an_address_leads_to_its_store(url: str, kind: str, inner: str) -> None:
     check_url(url)
+    path = RemotePath.of(url)
+    store = path._store
+    assert store._filesystem.type_name.startswith(kind)
+    assert store._inner(path._path) == inner
+    again = RemotePath.of(str(path))
+    assert (again, str(again)) == (path, str(path))
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "s3://me:secret@b/x", "s3://b/x?secretKey=1", "s3://b/x?X-Amz-Signature=1", "s3://b/x?sig=1", "s3://b/x?pwd=1",
+        "s3://b/x?endpoint_override=http://me:secret@host", "https://h/x#token=1", "file:///x", "FILE:///x",
+    ],
+)  # fmt: skip
+def test_addresses_that_show_a_secret_or_are_none_are_refused(url: str) -> None:
+    with pytest.raises(ValueError, match=r"secret|holds|machine") as raised:
+        check_url(url)
+    assert "me:secret" not in str(raised.value)
+    assert "token=1" not in str(raised.value)
+
+
+@pytest.mark.parametrize("url", ["s3://[x", "nope://x/y", "s3://bucket/x?versionId=1"])
+def test_addresses_that_nothing_opens_are_an_error_of_files(url: str) -> None:
+    with pytest.raises(OSError, match=r"address|versionId"):
+        RemotePath.of(url)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "found"),
+    [
+        ("**/data.csv", ["1/2/data.csv", "1/data.csv", "data.csv"]),
+        ("*/data.csv", ["1/data.csv"]),
+        ("*.csv", ["data.csv", "old-data.csv"]),
+        ("**", ["1/2/data.csv", "1/2/old-data.csv", "1/data.csv", "data.csv", "old-data.csv"]),
+        ("[do]*.csv", ["data.csv", "old-data.csv"]),
+        ("1/**/d*.csv", ["1/2/data.csv", "1/data.csv"]),
+    ],
+)
+def test_patterns_find_what_they_would_on_this_machine(tmp_path: Path, pattern: str, found: list[str]) -> None:
+    top = RemotePath.of("memory://patterns")
+    for name in (
+        "data.csv",
+        "old-data.csv",
+        ".data.csv",
+        "1/data.csv",
+        "1/2/data.csv",
+        "1/2/old-data.csv",
+        ".h/data.csv",
+    ):
+        with (top / name).open("wb") as fp:
+            fp.write(b"x")
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    assert [str(path).removeprefix(f"{top}/") for path in (top / pattern).found()] == found
+    here = [Path(path) for path in glob.glob(str(tmp_path / pattern), recursive=True)]
+    assert sorted(str(path.relative_to(tmp_path)) for path in here if path.is_file()) == found
 
 
 # --- sizes ----------------------------------------------------------------------------------------------------------

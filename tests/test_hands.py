@@ -1,0 +1,271 @@
+"""The sender whose hands are elsewhere, with a cluster of this process: what is lost, and what of it is told."""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+from collections.abc import Callable
+from decimal import Decimal
+from typing import Any
+
+import pytest
+
+from batchrun import hands, node
+from batchrun.errors import ClusterError, JobError
+from batchrun.hands import ClusterSender
+from batchrun.job import Job
+from batchrun.prices import Price, Pricing
+from batchrun.providers import resolve
+from batchrun.records import Action, Exchange, Failure, Intent, Request, Slot
+
+PRICING = Pricing.fixed("job", Price(Decimal(1), Decimal(1)))
+ENDPOINT = resolve("vllm", environ={})
+
+
+def job(**engine: Any) -> Job:
+    return Job.model_validate({
+        "input": "in.csv", "prompt": "x", "provider": "vllm", "model": "m", "output": "o.parquet",
+        "engine": {"name": "ray", "start_seconds": 2, **engine},
+    })  # fmt: skip
+
+
+def intent(number: int) -> Intent:
+    return Intent(number, Request(Slot(number, "m"), f"k{number}", b"body %d" % number), 1, 0, f"c{number}")
+
+
+class _Method:
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self._call = call
+
+    def remote(self, *args: Any) -> Any:
+        return asyncio.ensure_future(self._call(*args))
+
+
+class _LostError(Exception):
+    pass
+
+
+class Actor:
+    """A worker that answers at once; `dies` says when it does not."""
+
+    def __init__(self, cluster: Cluster, orders: node.Orders) -> None:
+        self.cluster, self.orders = cluster, orders
+        self.dead = asyncio.get_running_loop().create_future()
+        self.found: asyncio.Queue[tuple[int, Exchange]] = asyncio.Queue()
+        self.prove, self.take = _Method(self._prove), _Method(self._take)
+        self.finished = _Method(self._finished)
+
+    async def _prove(self) -> Any:
+        self.cluster.begun += 1
+        fault = self.cluster.prove(self.cluster.begun)
+        if isinstance(fault, Exception):
+            raise fault
+        proof = node.Proof("host", node.build(), node.digest(ENDPOINT, self.orders.salt))
+        return tuple(fault or proof)
+
+    async def _take(self, packed: bytes) -> None:
+        for attempt_id, body, _ in pickle.loads(packed):
+            self.cluster.asked.append(attempt_id)
+            if self.cluster.kills(attempt_id):
+                self.die()
+            elif not self.dead.done() and not self.cluster.is_mute:
+                failure = Failure("server", Action.RETRY, body.decode())
+                self.found.put_nowait((attempt_id, Exchange("failed", status=500, failure=failure)))
+
+    async def _finished(self) -> bytes:
+        getting = asyncio.ensure_future(self.found.get())
+        await asyncio.wait({getting, self.dead}, return_when=asyncio.FIRST_COMPLETED)
+        if self.dead.done():
+            getting.cancel()
+            raise _LostError("the process is gone")
+        return pickle.dumps([getting.result()])
+
+    def die(self) -> None:
+        if not self.dead.done():
+            self.dead.set_result(None)
+
+
+class Cluster:
+    def __init__(self, *, size: int = 2) -> None:
+        self.size = size
+        self.begun = 0
+        self.asked: list[int] = []
+        self.actors: list[Actor] = []
+        self.killed: list[Actor] = []
+        self.is_mute = self.has_left = False
+        self.prove: Callable[[int], Any] = lambda number: None
+        self.kills: Callable[[int], bool] = lambda attempt_id: False
+
+    async def reach(self) -> None: ...
+
+    async def nodes(self) -> int:
+        return self.size
+
+    async def free(self) -> str:
+        return "0 CPUs"
+
+    async def begin(self, orders: node.Orders) -> Actor:
+        self.actors.append(Actor(self, orders))
+        return self.actors[-1]
+
+    async def kill(self, actor: Actor) -> None:
+        self.killed.append(actor)
+        actor.die()
+
+    async def leave(self) -> None:
+        self.has_left = True
+        for actor in self.actors:
+            actor.die()
+
+
+@pytest.fixture(autouse=True)
+def _short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hands, "_PAUSE_SECONDS", 0.01)
+
+
+def send(cluster: Cluster, work: Callable[[ClusterSender], Any], said: list[str] | None = None, **engine: Any) -> Any:
+    async def main() -> Any:
+        say = said.append if said is not None else lambda line: None
+        async with ClusterSender(job(**engine), ENDPOINT, {"m": PRICING}, say, cluster) as sender:
+            return await work(sender)
+
+    try:
+        return asyncio.run(asyncio.wait_for(main(), 30))
+    finally:
+        assert cluster.has_left
+
+
+def all_of(sender: ClusterSender, numbers: range) -> Any:
+    return asyncio.gather(*(sender.send(intent(number)) for number in numbers))
+
+
+def test_each_request_is_given_once_and_to_all_workers() -> None:
+    cluster = Cluster(size=3)
+    found = send(cluster, lambda sender: all_of(sender, range(100)))
+    assert sorted(cluster.asked) == list(range(100))
+    assert [exchange.failure.message for exchange in found] == [f"body {number}" for number in range(100)]
+
+
+def test_what_a_lost_worker_was_given_is_unknown_and_what_it_was_not_is_asked_elsewhere() -> None:
+    cluster, said = Cluster(size=2), []
+    cluster.kills = lambda attempt_id: attempt_id == 7
+    found = send(cluster, lambda sender: all_of(sender, range(20)), said)
+    lost = [number for number, exchange in enumerate(found) if exchange.outcome == "unknown"]
+    assert 7 in lost
+    assert {found[number].failure.kind for number in lost} == {"worker"}
+    assert all(found[number].cost.usd is None for number in lost)
+    assert sorted(cluster.asked) == list(range(20))
+    assert cluster.killed  # it may only have been out of reach
+    assert any("was lost" in line for line in said)
+
+
+def test_a_worker_that_cannot_begin_keeps_nobody_else_from_it() -> None:
+    cluster, said = Cluster(size=3), []
+    cluster.prove = lambda number: RuntimeError("no room here") if number == 1 else None
+    found = send(cluster, lambda sender: all_of(sender, range(30)), said)
+    assert {exchange.failure.kind for exchange in found} == {"server"}
+    assert sorted(cluster.asked) == list(range(30))
+
+
+def test_many_lost_at_once_are_no_end_as_long_as_others_live() -> None:
+    cluster = Cluster(size=12)
+
+    async def work(sender: ClusterSender) -> Any:
+        for actor in cluster.actors[:10]:
+            actor.die()
+        await asyncio.sleep(0.05)
+        return await all_of(sender, range(50))
+
+    assert {exchange.failure.kind for exchange in send(cluster, work)} == {"server"}
+
+
+def test_workers_that_die_of_all_they_are_given_end_it() -> None:
+    cluster = Cluster(size=1)
+    cluster.kills = lambda attempt_id: True
+
+    async def work(sender: ClusterSender) -> Any:
+        found = []
+        for number in range(20):
+            found.append(await sender.send(intent(number)))
+            if found[-1].failure.kind == "cluster":
+                break
+        return found
+
+    found = send(cluster, work)
+    assert [exchange.failure.kind for exchange in found] == ["worker"] * 5 + ["cluster"]
+    assert (found[-1].outcome, found[-1].cost.usd, found[-1].failure.action) == ("failed", 0, Action.STOP)
+    assert len(cluster.asked) == 5
+
+
+def test_without_any_worker_for_a_while_the_cluster_is_gone() -> None:
+    cluster = Cluster(size=2)
+
+    async def work(sender: ClusterSender) -> Any:
+        await all_of(sender, range(4))
+        cluster.prove = lambda number: RuntimeError("no room")
+        for actor in cluster.actors:
+            actor.die()
+        return await all_of(sender, range(10, 14))
+
+    found = send(cluster, work, start_seconds=0.3)
+    assert {(exchange.outcome, exchange.failure.kind) for exchange in found} == {("failed", "cluster")}
+    assert "no room" in found[0].failure.message
+
+
+def test_a_worker_that_is_late_or_another_one_is_waited_for() -> None:
+    cluster = Cluster(size=1)
+
+    async def work(sender: ClusterSender) -> Any:
+        cluster.prove = lambda number: RuntimeError("not yet") if number < 4 else None
+        cluster.actors[0].die()
+        return await all_of(sender, range(3))
+
+    assert {exchange.failure.kind for exchange in send(cluster, work)} == {"server"}
+
+
+def test_silence_is_a_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hands, "_SILENT_SECONDS", 1)
+    cluster = Cluster(size=1)
+    cluster.is_mute = True
+    found = send(cluster, lambda sender: sender.send(intent(1)))
+    assert (found.outcome, found.failure.kind) == ("unknown", "worker")
+    assert "no sign of life" in found.failure.message
+
+
+def test_what_no_worker_was_given_was_never_sent() -> None:
+    cluster = Cluster(size=1)
+
+    async def work(sender: ClusterSender) -> Any:
+        cluster.prove = lambda number: RuntimeError("no room")
+        cluster.actors[0].die()
+        await asyncio.sleep(0.05)
+        sending = asyncio.ensure_future(sender.send(intent(1)))
+        await asyncio.sleep(0.05)
+        sending.cancel()
+        return await sending
+
+    found = send(cluster, work)
+    assert (found.outcome, found.cost.usd, cluster.asked) == ("failed", 0, [])
+
+
+@pytest.mark.parametrize(
+    ("prove", "kind", "said"),
+    [
+        (lambda number: node.Proof("h", "0.0.9 (x)", ""), JobError, "has batchrun 0.0.9"),
+        (lambda number: node.Proof("h", node.build(), "another"), JobError, "would ask with another key"),
+        (lambda number: node.Proof("h", node.build(), "", "no API key"), JobError, "on h: no API key"),
+        (
+            lambda number: RuntimeError("x\nModuleNotFoundError: No module named 'y'"),
+            JobError,
+            "on every node, or ship",
+        ),
+        (lambda number: RuntimeError("out of memory"), ClusterError, "out of memory"),
+    ],
+    ids=["other code", "other key", "no key", "not there", "no room"],
+)
+def test_a_worker_that_is_not_as_it_should_be_is_refused(prove: Any, kind: type[Exception], said: str) -> None:
+    cluster = Cluster(size=2)
+    cluster.prove = prove
+    with pytest.raises(kind, match=said):
+        send(cluster, lambda sender: sender.send(intent(1)))
+    assert cluster.asked == []
