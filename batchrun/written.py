@@ -45,7 +45,7 @@ class Written:
     @classmethod
     def at(cls, path: AnyPath) -> Written | None:
         """The output that stands at a path; None if there is none, or it is not batchrun's."""
-        manifest = _manifest_in_file(path)
+        manifest = _in_metadata(path, MANIFEST_KEY)
         if manifest is not None:
             return cls(path, manifest, (path,))
         manifest = _manifest_in_folder(path)
@@ -99,21 +99,18 @@ def manifest_of(path: AnyPath) -> dict[str, Any] | None:
 
 def writer_of(path: AnyPath) -> str | None:
     """The job that has written a part; None for any other file."""
-    try:
-        with for_arrow(path) as source:
-            told = parse_json((pq.read_metadata(source).metadata or {})[PART_KEY.encode()])
-    except (OSError, pa.ArrowException, KeyError, ValueError):
-        return None
-    return str(told.get("job")) if isinstance(told, dict) else None
+    told = _in_metadata(path, PART_KEY)
+    return str(told.get("job")) if told is not None else None
 
 
-def _manifest_in_file(path: AnyPath) -> dict[str, Any] | None:
+def _in_metadata(path: AnyPath, key: str) -> dict[str, Any] | None:
+    """What a Parquet file's metadata holds under a key; None if it is no such file, or has nothing there."""
     try:
         with for_arrow(path) as source:
-            manifest = parse_json((pq.read_metadata(source).metadata or {})[MANIFEST_KEY.encode()])
+            told = parse_json((pq.read_metadata(source).metadata or {})[key.encode()])
     except (OSError, pa.ArrowException, KeyError, ValueError):
         return None
-    return manifest if isinstance(manifest, dict) else None
+    return told if isinstance(told, dict) else None
 
 
 def _manifest_in_folder(path: AnyPath) -> dict[str, Any] | None:
