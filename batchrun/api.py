@@ -28,7 +28,7 @@ from batchrun.errors import StorageError
 from batchrun.loading import load_job
 from batchrun.options import Options, Overlap
 from batchrun.outcome import Outcome, Surroundings, carry_out
-from batchrun.records import CLOCK, Settlement, now_us
+from batchrun.records import CLOCK, Settlement, now_us, utc
 from batchrun.remote import RemotePath, is_url
 from batchrun.stopper import Stopper
 
@@ -113,7 +113,8 @@ class RunOptions(TypedDict, total=False):
     """How `run` and `arun` are called; each may be left out."""
 
     environ: Mapping[str, str]
-    """Where keys and variables are read from; this process's environment without it."""
+    """Where keys and variables are read from; this process's environment without it. The workers of a cluster read the
+    environment of their nodes: with another key in it, they are refused."""
     if_running: str
     """What to do while another process works on the job: `fail` (the usual: LedgerHeldError), `skip` (a result with the
     reason `skipped`), `wait` or `wait=SECONDS`."""
@@ -339,7 +340,7 @@ def _deadline(deadline: str | datetime | timedelta) -> str:
     """As text, which is what the job has."""
     if isinstance(deadline, timedelta):
         try:
-            deadline = datetime.fromtimestamp(now_us() / 1e6, UTC) + deadline
+            deadline = utc(now_us()) + deadline
         except OverflowError:
             deadline = datetime.max.replace(tzinfo=UTC)
     return deadline.isoformat() if isinstance(deadline, datetime) else deadline

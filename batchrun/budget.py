@@ -10,13 +10,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from decimal import Decimal
 from typing import NamedTuple
 
 from batchrun.money import DERIVED, REPORTED, to_pico
 from batchrun.prices import Pricing, is_plausible
-from batchrun.records import Exchange, Request, Reservation, now_us
+from batchrun.records import Exchange, Request, Reservation, now_us, utc
 from batchrun.usage import Usage
 
 _TOKENS_PER_MESSAGE = 16
@@ -45,7 +44,7 @@ class Cap:
         """The beginning of the period that a moment is in; 0 for a run. Microseconds since 1970, UTC."""
         if self.per == "run":
             return 0
-        day = datetime.fromtimestamp(now / 1e6, UTC).replace(hour=0, minute=0, second=0, microsecond=0)
+        day = utc(now).replace(hour=0, minute=0, second=0, microsecond=0)
         first = day.replace(day=1) if self.per == "month" else day
         return int(first.timestamp()) * 1_000_000
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 import asyncio
 import pickle
 import secrets
+import socket
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol
+from urllib.parse import urlsplit
 
 from batchrun.chat import priced
 from batchrun.errors import BatchrunError, ClusterError, JobError, oneline
@@ -21,7 +23,7 @@ from batchrun.job import Job
 from batchrun.money import NOT_BILLED
 from batchrun.node import GATHERED_SECONDS, Found, Orders, Parcel, Proof, build, digest
 from batchrun.prices import Pricing
-from batchrun.providers import Endpoint
+from batchrun.providers import Endpoint, is_loopback
 from batchrun.records import Action, Exchange, Failure, Intent
 
 _MOST_PARCEL_BYTES = 8 * 1024 * 1024
@@ -117,6 +119,10 @@ class ClusterSender:
             secrets.token_bytes(16),
         )
         self._endpoint = digest(endpoint, self._orders.salt)
+        self._own_server = endpoint.base_url if is_loopback(urlsplit(endpoint.base_url).hostname or "") else None
+        """What every machine has for itself."""
+        self._hosts = {socket.gethostname()}
+        """Of this machine, and those where its own server has been told of."""
         self._hands: list[_Hand] = []
         self._unplaced: list[_Asked] = []
         """For the next worker that begins."""
@@ -228,6 +234,9 @@ class ClusterSender:
             if isinstance(exc, BatchrunError) or not isinstance(exc, Exception):
                 raise
             raise _unbegun(exc) from exc
+        if self._own_server is not None and proof.host not in self._hosts:
+            self._hosts.add(proof.host)
+            self._say(f"the worker on {proof.host} asks the server of its own machine ({self._own_server})")
         hand = _Hand(actor, proof.host)
         self._hands.append(hand)
         if self._patience is not None:

@@ -7,9 +7,9 @@ import random
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractAsyncContextManager, closing, contextmanager, suppress
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 
 from batchrun import accounts, local
 from batchrun.announce import Before, announce
@@ -29,12 +29,12 @@ from batchrun.process import allow_connections
 from batchrun.progress import Watch, Watcher
 from batchrun.projection import Projection, project
 from batchrun.rates import Rates
-from batchrun.records import Request, now_us
+from batchrun.records import Request, now_us, utc
 from batchrun.remote import AnyPath
 from batchrun.runner import ASKED_AGAIN, NO_ROOM, Runner, Sender
 from batchrun.sink import check_writable
 from batchrun.spending import cap_reached, check_cap, open_budget, pricings_of, rows_left
-from batchrun.stopper import Stopper
+from batchrun.stopper import Beginning, Stopper
 from batchrun.summary import Summary
 from batchrun.trend import trend_of
 from batchrun.written import manifest_of
@@ -234,7 +234,8 @@ async def _drive(
     early: EarlyOutput,
 ) -> _Ended:
     job, deadline = context.plan.job, context.deadline
-    async with _sender(context, pricings) as sender:
+    async with AsyncExitStack() as stack:
+        sender = await _begin(stack, context, _sender(context, pricings))
         _abandon_others(context)
         runner = Runner(
             context.ledger,
@@ -251,7 +252,7 @@ async def _drive(
             models=context.plan.slots.models,
             review=context.plan.reviews.review,
             breaker=_breaker(context),
-            seconds_left=(lambda: (deadline - _now()).total_seconds()) if deadline is not None else None,
+            seconds_left=(lambda: (deadline - utc(now_us())).total_seconds()) if deadline is not None else None,
             on_settled=progress.settle if progress is not None else lambda settlement: None,
             on_drained=early.start,
         )
@@ -264,6 +265,17 @@ async def _drive(
                 if ticking is not None:
                     ticking.cancel()
     return _Ended(stop, runner.sent, budget.refused_pico)
+
+
+async def _begin(stack: AsyncExitStack, context: _Context, sender: AbstractAsyncContextManager[Sender]) -> Sender:
+    """Enter the sender, which may take a while; a stop does not wait for it."""
+    if context.stopper is None:  # signals raise
+        return await stack.enter_async_context(sender)
+    with Beginning() as beginning, context.stopper.stopping(beginning):
+        try:
+            return await stack.enter_async_context(sender)
+        except asyncio.CancelledError:
+            raise KeyboardInterrupt from None
 
 
 def _sender(context: _Context, pricings: Mapping[str, Pricing]) -> AbstractAsyncContextManager[Sender]:
@@ -469,7 +481,3 @@ def _with_advice(plan: Plan, summary: Summary) -> Summary:
 
     advice = [text for model in plan.job.models if (text := model_advice(plan.endpoint, model))]
     return replace(summary, advice="; ".join(advice) or None)
-
-
-def _now() -> datetime:
-    return datetime.fromtimestamp(now_us() / 1e6, UTC)

@@ -18,7 +18,6 @@ import socket
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, Self
@@ -59,6 +58,7 @@ from batchrun.records import (
     Settlement,
     Slot,
     now_us,
+    utc,
 )
 
 _ROOM_PER_ANSWER = 128 * 1024
@@ -160,7 +160,7 @@ class Ledger(LedgerView):
                 # It has sent nothing. That of another day would put its output there.
                 if abandoned_before is None and started_at // _DAY == now // _DAY:
                     return Run(number, run_id, started_at, "open", is_new=True)
-            stamp = datetime.fromtimestamp(now / 1e6, UTC).strftime("%Y%m%dT%H%M%SZ")
+            stamp = utc(now).strftime("%Y%m%dT%H%M%SZ")
             run_id = f"{stamp}-{secrets.token_hex(3)}"
             cursor = self._db.execute(
                 "INSERT INTO run (run_id, started_at, state) VALUES (?, ?, 'open')", (run_id, now)

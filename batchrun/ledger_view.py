@@ -10,7 +10,6 @@ import os
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
-from datetime import UTC, datetime
 from decimal import Decimal
 from hashlib import blake2b
 from pathlib import Path
@@ -21,7 +20,7 @@ import zstandard
 from batchrun.errors import JobError, StorageError
 from batchrun.migrations import check_version
 from batchrun.money import from_pico
-from batchrun.records import Group, RowSlots, Slot, StandingAttempt
+from batchrun.records import Group, RowSlots, Slot, StandingAttempt, utc
 
 
 class Run(NamedTuple):
@@ -196,7 +195,7 @@ class LedgerView:
         """
         pruned_at = self._value("SELECT pruned_at FROM run WHERE run = ?", run.run)
         if pruned_at is not None:
-            day = datetime.fromtimestamp(pruned_at / 1e6, UTC).date()
+            day = utc(pruned_at).date()
             raise JobError(f"the answers of run {run.run_id} were pruned on {day}: it cannot {what}")
 
     def prunable(self, before: int) -> list[Run]:

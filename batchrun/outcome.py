@@ -7,7 +7,7 @@ import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import IO, TYPE_CHECKING, Any
 
 from batchrun.errors import BatchrunError, ClusterError, ExitCode, LedgerHeldError, StorageError, exit_code_of
@@ -17,7 +17,7 @@ from batchrun.lock import held
 from batchrun.moments import deadline_of
 from batchrun.money import exact_json
 from batchrun.options import Options
-from batchrun.records import now_us
+from batchrun.records import now_us, utc
 from batchrun.stopper import Stopper
 
 if TYPE_CHECKING:  # what takes long to import is imported under the lock
@@ -68,7 +68,7 @@ def carry_out(job: Job, options: Options, around: Surroundings) -> Outcome:
     """
     began = now_us()
     # Before the wait for another process: what 06:00 means must not change by it.
-    deadline = deadline_of(job.deadline, _moment(began)) if job.deadline is not None else None
+    deadline = deadline_of(job.deadline, utc(began)) if job.deadline is not None else None
     stopper = around.stopper
     error: BaseException | None = None
     outcome: Outcome | None = None
@@ -214,9 +214,5 @@ def _finish(job: Job, document: dict[str, Any], around: Surroundings) -> str | N
     return f"on_finish: {setting.command[0]} {why}" if why is not None else None
 
 
-def _moment(microseconds: int) -> datetime:
-    return datetime.fromtimestamp(microseconds / 1e6, UTC)
-
-
 def _now() -> str:
-    return _moment(now_us()).isoformat("T", "seconds")
+    return utc(now_us()).isoformat("T", "seconds")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from batchrun.ledger_view import LedgerView, Run, SlotState
 from batchrun.plain import plain_column, plain_rows
 from batchrun.providers import Endpoint, resolve
 from batchrun.rates import prompt_tokens
-from batchrun.records import Asked, Request, RowFault, RowSlots, Slot
+from batchrun.records import Asked, Request, RowFault, RowSlots, Slot, utc
 from batchrun.remote import AnyPath
 from batchrun.reviews import Reviews
 from batchrun.sink import Parts, check_schema
@@ -129,7 +128,7 @@ class Plan:
 
     def output_path(self, run: Run) -> AnyPath:
         """Where a run's output goes; `{date}` is the day on which the run began."""
-        started = datetime.fromtimestamp(run.started_at / 1e6, UTC)
+        started = utc(run.started_at)
         path = self.job.place_of(self.job.output.path.format(run_id=run.run_id, date=started.strftime("%Y-%m-%d")))
         return self.refuse_own(path, "output")
 

@@ -7,13 +7,13 @@ A list or the library is asked once per invocation; what it says is snapshotted 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
 
 from batchrun.money import amount
 from batchrun.prices import Limits, Price, Pricing
 from batchrun.providers import Endpoint
+from batchrun.records import utc
 from batchrun.settings import PricesSetting
 
 _MTOK = 1_000_000
@@ -167,7 +167,7 @@ def library_price(endpoint: Endpoint, model: str) -> Callable[[int], Price | Non
         known: dict[int, tuple[Any, Price | None]] = {}
 
         def price_at(sent_at: int, found: Any = found, known: dict[int, tuple[Any, Price | None]] = known) -> Any:
-            dated = found.model.get_prices(datetime.fromtimestamp(sent_at / 1e6, UTC))
+            dated = found.model.get_prices(utc(sent_at))
             if id(dated) not in known:
                 known[id(dated)] = (dated, _from_library(dated))
             return known[id(dated)][1]

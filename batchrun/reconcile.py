@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
 
@@ -18,7 +17,7 @@ from batchrun.ledger import Ledger
 from batchrun.money import DERIVED, exact_json, usd_text
 from batchrun.provider_log import BilledLine, read_log, window
 from batchrun.providers import resolve
-from batchrun.records import now_us
+from batchrun.records import now_us, utc
 
 _SHOWN = 20
 _OUR_ID = re.compile(r"(.+):(\d{1,18}):(\d{1,18})", re.ASCII)
@@ -153,7 +152,7 @@ def reconcile(
         if since is None:
             raise JobError(f"there is nothing to reconcile: nothing was sent yet ({ledger.path})")
         now = now_us()
-        start, end = window(_moment(since), _moment(now))
+        start, end = window(utc(since), utc(now))
         lines = ledger.take_billed(_ours(read_log(endpoint, start, end, on_page), ledger.run_ids()))
         patience = _Patience(now, settle_after_seconds, job.timeout_seconds)
         found = _settle(ledger, int(start.timestamp() * 1e6), patience, endpoint.identity)
@@ -272,7 +271,3 @@ def _at_most(usd: Decimal | None) -> str:
 
 def _difference(attempt: Compared, ours: Decimal, theirs: Decimal) -> Difference:
     return Difference(attempt.row_index + 1, attempt.client_request_id, ours, attempt.cost_source or "", theirs)
-
-
-def _moment(us: int) -> datetime:
-    return datetime.fromtimestamp(us / 1e6, UTC)

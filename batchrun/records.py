@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from decimal import Decimal
 from enum import Enum
 from typing import NamedTuple
@@ -23,6 +24,11 @@ CLOCK: ContextVar[Callable[[], float]] = ContextVar("CLOCK", default=time.time)
 def now_us() -> int:
     """Microseconds since 1970, UTC."""
     return round(CLOCK.get()() * 1e6)
+
+
+def utc(microseconds: int) -> datetime:
+    """The moment so long after the beginning of 1970, UTC."""
+    return datetime.fromtimestamp(microseconds / 1e6, UTC)
 
 
 class Slot(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from decimal import Decimal
 from typing import Any
 
@@ -14,6 +14,7 @@ from batchrun.job import Job
 from batchrun.ledger_view import LedgerView, Run
 from batchrun.lookup import Lookup, prompt_text
 from batchrun.money import exact_json, from_pico, usd_text
+from batchrun.records import utc
 from batchrun.spend import RunSpend, read_ledger
 from batchrun.spend_details import Failures, Seconds, failures, seconds
 
@@ -219,7 +220,7 @@ def show_run(job: Job, run_id: str | None) -> ShownRun:
         if spend is None:
             raise JobError(f"run {run.run_id} has not got as far as its input: there is nothing to show of it")
         invocations = [
-            Invocation(_moment(began), _moment(ended) if ended is not None else None, *rest)
+            Invocation(utc(began), utc(ended) if ended is not None else None, *rest)
             for began, ended, *rest in ledger.rows(
                 "SELECT started_at, ended_at, exit_code, reason, version, host, pid FROM invocation WHERE run = ? "
                 "ORDER BY invocation",
@@ -308,7 +309,7 @@ def _attempts(ledger: LedgerView, run: Run, row_index: int, lookup: Lookup) -> d
         answer = lookup.answer(attempt_id) if outcome == "ok" else None
         found.setdefault(slot, []).append(
             Attempt(
-                attempt_id, run_id, number, repair, _moment(sent_at),
+                attempt_id, run_id, number, repair, utc(sent_at),
                 max(0.0, (sent_at - before) / 1e6) if before is not None else None, outcome, status, error,
                 latency / 1e6 if latency is not None else None, first_token / 1e6 if first_token is not None else None,
                 prompt, completion, total, cached, from_pico(pico) if pico is not None else None,
@@ -334,10 +335,6 @@ def _cost(attempt: Attempt) -> str | None:
     if attempt.usd is not None:
         return f"${usd_text(attempt.usd)} ({attempt.cost_source})"
     return "not known" + (f", at most ${usd_text(attempt.usd_at_most)}" if attempt.usd_at_most is not None else "")
-
-
-def _moment(microseconds: int) -> datetime:
-    return datetime.fromtimestamp(microseconds / 1e6, UTC)
 
 
 def _time(moment: datetime | None) -> str:

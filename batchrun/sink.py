@@ -17,7 +17,16 @@ from batchrun.errors import JobError, StorageError
 from batchrun.folders import appearing, hidden, sync_folder, written_beside
 from batchrun.money import exact_json
 from batchrun.remote import AnyPath, RemotePath
-from batchrun.written import MANIFEST_KEY, MANIFEST_NAME, PART_KEY, PART_NAME, manifest_of, part_name, writer_of
+from batchrun.written import (
+    MANIFEST_KEY,
+    MANIFEST_NAME,
+    PART_KEY,
+    PART_NAME,
+    manifest_of,
+    part_files,
+    part_name,
+    writer_of,
+)
 
 _GROUP_ROWS = 65_536
 _GROUP_BYTES = 32 * 1024 * 1024
@@ -79,7 +88,7 @@ def write_parts(
             for beside in _hidden_parts(folder):
                 beside.unlink(missing_ok=True)
             raise
-        old_parts = _part_files(folder)
+        old_parts = part_files(folder)
         for part in old_parts:
             if (writer := writer_of(part)) != parts.label["job"]:
                 raise StorageError(
@@ -149,7 +158,7 @@ def check_writable(path: AnyPath, job_name: str | None, *, in_parts: bool) -> No
         probe.unlink()
         writer = (manifest_of(path) or {}).get("job")
         others = [] if job_name is None or not in_parts else [
-            (part, other) for part in _part_files(path) if (other := writer_of(part)) != job_name
+            (part, other) for part in part_files(path) if (other := writer_of(part)) != job_name
         ]  # fmt: skip
     except (OSError, RuntimeError) as exc:  # the latter for links that lead round in a circle
         raise StorageError(f"the output {path} cannot be written: {getattr(exc, 'strerror', None) or exc}") from exc
@@ -215,13 +224,6 @@ def _write_hidden(folder: AnyPath, schema: pa.Schema, groups: Iterator[pa.Table]
                     break
         if group is None:
             return
-
-
-def _part_files(folder: AnyPath) -> list[Any]:
-    """All that are named like parts."""
-    if isinstance(folder, RemotePath) or folder.is_dir():
-        return [path for path in folder.iterdir() if PART_NAME.fullmatch(path.name)]
-    return []
 
 
 def _hidden_parts(folder: AnyPath) -> list[Any]:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from batchrun.errors import StorageError
 from batchrun.ledger_view import LedgerView, Run, pico_sum, summed
 from batchrun.money import DERIVED, REPORTED, from_pico, to_pico
+from batchrun.records import utc
 
 IN_FLIGHT = "in flight"
 _DAY = 86_400_000_000
@@ -326,8 +327,8 @@ def _run_spend(
         state=run.state,
         reason=newest.reason if newest is not None else None,
         exit_code=newest.exit_code if newest is not None else None,
-        started_at=_moment(run.started_at),
-        ended_at=_moment(max(one.end for one in known.invocations)) if known.invocations else None,
+        started_at=utc(run.started_at),
+        ended_at=utc(max(one.end for one in known.invocations)) if known.invocations else None,
         seconds=known.seconds,
         rows=known.rows,
         ok=ok,
@@ -361,8 +362,8 @@ def _at_most(parts: Sequence[Part]) -> Decimal | None:
 def _used(per: str | None, known: _Known, sent: Sequence[Part], held: dict[date, Decimal]) -> Decimal:
     if per not in ("day", "month"):
         return sum((part.usd_held for part in sent), Decimal(0))
-    ends = [_moment(one.end).date() for one in known.invocations]
-    last = max([part.day for part in sent] or ends or [_moment(known.run.started_at).date()])
+    ends = [utc(one.end).date() for one in known.invocations]
+    last = max([part.day for part in sent] or ends or [utc(known.run.started_at).date()])
     in_time = [
         usd for day, usd in held.items()
         if day == last or (per == "month" and (day.year, day.month) == (last.year, last.month))
@@ -378,10 +379,6 @@ def _provider(job: dict[str, Any]) -> str:
 def share(usd: Decimal, number: int) -> Decimal | None:
     """The dollars for each of a number of things, to 1e-12; None for nothing."""
     return from_pico(to_pico(usd / number)) if number else None
-
-
-def _moment(microseconds: int) -> datetime:
-    return datetime.fromtimestamp(microseconds / 1e6, UTC)
 
 
 def _cap(known: _Known) -> dict[str, Any]:

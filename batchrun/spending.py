@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from datetime import UTC, datetime
 from decimal import Decimal
 from functools import cache
 from typing import Any
@@ -20,7 +19,7 @@ from batchrun.plan import Plan
 from batchrun.price_sources import choose_pricing
 from batchrun.prices import Pricing
 from batchrun.providers import Endpoint
-from batchrun.records import now_us
+from batchrun.records import now_us, utc
 from batchrun.summary import Summary
 
 _PERIODS = {"run": "this run", "day": "today (UTC)", "month": "this month (UTC)"}
@@ -54,7 +53,7 @@ def pricings_of(
             if isinstance(ledger, Ledger):
                 ledger.keep_price_list(url, fetched.etag, body)
         elif fetched is None and body is not None:
-            day = datetime.fromtimestamp(fetched_at / 1e6, UTC).date()
+            day = utc(fetched_at).date()
             say(f"the price list of {endpoint.name} {'was not asked for' if is_offline else 'cannot be had'}: "
                 f"prices are those of {day}")  # fmt: skip
         return body

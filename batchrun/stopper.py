@@ -18,6 +18,25 @@ class Interruptible(Protocol):
         """Called in its event loop."""
 
 
+class Beginning:
+    """What is interrupted while it begins, before anything is sent, ends as cancelled."""
+
+    def __init__(self) -> None:
+        self._task: asyncio.Task[object] | None = None
+
+    def __enter__(self) -> Beginning:
+        self._task = asyncio.current_task()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._task = None
+
+    def interrupt(self, exit_code: ExitCode) -> None:
+        """Break it off, unless it has begun meanwhile."""
+        if self._task is not None:
+            self._task.cancel()
+
+
 class Stopper:
     """By which another thread stops an invocation as a signal would."""
 

@@ -362,6 +362,8 @@ def _check_output(job: Job, ledger: LedgerView, verdict: Verdict) -> None:
             verdict,
         )
         return
+    for path in written.unnamed:
+        verdict.blame(f"{output.name} holds {path.name}, which its manifest does not name: it is read with the others")
     derivation = plan.derivation()
     _check_rows(plan, ledger, run, derivation, written, verdict)
     summary = with_derived(summarise(plan, ledger, run, int(placed["rows"])), derivation)

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchrun.documents import parse_json
-from batchrun.remote import AnyPath, for_arrow
+from batchrun.remote import AnyPath, RemotePath, for_arrow
 
 MANIFEST_KEY = "batchrun"
 """In a file's metadata: its manifest."""
@@ -56,6 +56,11 @@ class Written:
             return None
         return cls(path, manifest, tuple(path / name for name in names))
 
+    @property
+    def unnamed(self) -> list[AnyPath]:
+        """What stands among its parts, looks like one, and is none."""
+        return [path for path in part_files(self.path) if path not in self.files] if self.path not in self.files else []
+
     @cached_property
     def schema(self) -> pa.Schema:
         """Of all files.
@@ -95,6 +100,13 @@ def manifest_of(path: AnyPath) -> dict[str, Any] | None:
     """The manifest of the output at a path; None if there is none, or it is not batchrun's."""
     written = Written.at(path)
     return written.manifest if written is not None else None
+
+
+def part_files(folder: AnyPath) -> list[AnyPath]:
+    """All that are named like parts."""
+    if isinstance(folder, RemotePath) or folder.is_dir():
+        return [path for path in folder.iterdir() if PART_NAME.fullmatch(path.name)]
+    return []
 
 
 def writer_of(path: AnyPath) -> str | None:

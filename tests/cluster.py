@@ -1,7 +1,7 @@
 """A Ray cluster of several nodes on this machine, in a process of its own.
 
-Started as `python cluster.py NODES CPUS`; prints its address. Reads from its standard input, a line each: `kill` (a
-node that is not the head), `add` (another node), `gone` (everything is killed); answers each with a line.
+Started as `python cluster.py NODES CPUS`; prints its address and the folder of its logs. Reads from its standard input,
+a line each: `kill` (a node that is not the head), `gone` (everything is killed); answers each with a line.
 """
 
 from __future__ import annotations
@@ -23,13 +23,11 @@ if __name__ == "__main__":
     size = {"num_cpus": cpus, "object_store_memory": 100 * 1024 * 1024}
     cluster = Cluster(initialize_head=True, head_node_args={**size, "include_dashboard": False})
     others = [cluster.add_node(**size) for _ in range(nodes - 1)]
-    told(cluster.address)
+    told(f"{cluster.address} {cluster.head_node.get_session_dir_path()}")
     for line in sys.stdin:
         match line.strip():
             case "kill":
                 cluster.remove_node(others.pop(), allow_graceful=False)
-            case "add":
-                others.append(cluster.add_node(**size))
             case "gone":
                 for node in [*others, cluster.head_node]:
                     node.kill_all_processes(check_alive=False, allow_graceful=False)

@@ -140,7 +140,7 @@ class Provider:
             return True
         record = {
             "path": path, "nth": nth, "id": headers.get("x-client-request-id"), "text": text,
-            "in_flight": self.in_flight, "status": None, "usd": "0", "answered": False,
+            "in_flight": self.in_flight, "status": None, "usd": "0", "answered": False, "came": time.time(),
         }  # fmt: skip
         if self.options.get("keep_requests"):
             record |= {"body": body, "headers": headers}

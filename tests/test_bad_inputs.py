@@ -186,7 +186,7 @@ def test_a_value_that_python_has_no_word_for_is_named(work: Workspace) -> None:
     assert "row 2: the column 'at'" in result.stderr
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", [*range(15), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(15, 90))])
 def test_a_damaged_parquet_file_is_read_or_refused(tmp_path: Path, seed: int) -> None:
     """In one process each, as Arrow may fail in C: nothing but an answer or a fault with the file's name."""
     from random import Random

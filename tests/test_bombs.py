@@ -137,9 +137,9 @@ def test_a_reason_phrase_of_any_bytes_says_nothing(work: Workspace, provide: Pro
 @pytest.mark.parametrize(
     "get",
     [
-        {"bytes": "HTTP/1.1 200 OK\r\nX: ", "again": "y", "every": 0.2},
+        pytest.param({"bytes": "HTTP/1.1 200 OK\r\nX: ", "again": "y", "every": 0.2}, marks=pytest.mark.slow),
         {"bytes": OPEN + "Content-Length: 100000\r\n\r\n", "again": " ", "every": 0.2},
-        {"bytes": "", "again": "HTTP/1.1 103 Early Hints\r\n\r\n", "every": 0.01},
+        pytest.param({"bytes": "", "again": "HTTP/1.1 103 Early Hints\r\n\r\n", "every": 0.01}, marks=pytest.mark.slow),
         {"bytes": OPEN + "Content-Encoding: zstd\r\n\r\nxxxx"},
         {"bytes": OPEN + "Content-Encoding: gzip\r\n\r\n" + gzip.compress(b"[" + b"[]," * 3_000_000).decode("latin-1")},
         {"bytes": OPEN + "\r\n", "again": "[[[[[[[[[[[[[[[[" * 4096},

@@ -167,6 +167,14 @@ def test_a_worker_that_cannot_begin_keeps_nobody_else_from_it() -> None:
     assert sorted(cluster.asked) == list(range(30))
 
 
+def test_a_worker_elsewhere_that_asks_its_own_machine_is_told_of() -> None:
+    said: list[str] = []
+    send(Cluster(size=3), lambda sender: all_of(sender, range(3)), said)
+    assert [line for line in said if "its own machine" in line] == [
+        "the worker on host asks the server of its own machine (http://127.0.0.1:8000/v1)"
+    ]
+
+
 def test_many_lost_at_once_are_no_end_as_long_as_others_live() -> None:
     cluster = Cluster(size=12)
 

@@ -94,9 +94,9 @@ def kill_until_done(work: Workspace, provider: FakeProvider, chance: random.Rand
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_ten_kills(work: Workspace, provide: Provide, kind: str) -> None:
+def test_a_few_kills(work: Workspace, provide: Provide, kind: str) -> None:
     provider = prepare(work, provide, kind, rows=300, seed=1)
-    kill_until_done(work, provider, random.Random(kind), kills=10, rows=300)
+    kill_until_done(work, provider, random.Random(kind), kills=6, rows=300)
 
 
 @pytest.mark.slow

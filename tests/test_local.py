@@ -55,7 +55,8 @@ def test_labels_that_the_server_holds_the_model_to_all_parse_and_a_judge_reads_t
     from scipy.stats import binomtest
     from sklearn.metrics import accuracy_score, confusion_matrix
 
-    result = shipped.batchrun("jobs/label-local.yaml", "--json")
+    labels = ("jobs/label-local.yaml", "--set", "input.limit=20", "--json")
+    result = shipped.batchrun(*labels)
     assert (result.code, result.json["parse_errors"]) == (0, 0), result.stderr
     rows = shipped.rows(shipped.folder / "outputs" / "label-local.parquet")
     gold, said = [row["expected"] for row in rows], [row["label"] for row in rows]
@@ -69,7 +70,7 @@ def test_labels_that_the_server_holds_the_model_to_all_parse_and_a_judge_reads_t
     assert found["confusion"]["matrix"] == confusion_matrix(gold, said, labels=found["confusion"]["labels"]).tolist()
     assert f"{right / len(rows):.3f}" in result.stderr
     # The next run asks only what is new.
-    assert shipped.batchrun("jobs/label-local.yaml", "--json").json["sent"] == 0
+    assert shipped.batchrun(*labels).json["sent"] == 0
     judged = shipped.batchrun("jobs/judge.yaml", "--sample", "5", "--json")
     assert (judged.code, judged.json["ok"], judged.json["parse_errors"]) == (0, 5, 0), judged.stderr
 
@@ -84,7 +85,8 @@ def _answers(ledger: Path) -> int:
 
 @needs_model
 def test_an_interrupted_local_run_goes_on_although_the_port_is_another(shipped: Workspace) -> None:
-    with shipped.start("jobs/eval.yaml") as process:
+    few = ("jobs/eval.yaml", "--set", "input.limit=12")
+    with shipped.start(*few) as process:
         while process.poll() is None and _answers(shipped.folder / "outputs" / "eval.ledger.sqlite") < 2:
             time.sleep(0.02)
         process.send_signal(signal.SIGTERM)
@@ -94,7 +96,7 @@ def test_an_interrupted_local_run_goes_on_although_the_port_is_another(shipped: 
     assert process.returncode == 143, stderr
     output = shipped.folder / "outputs" / "eval.parquet"
     before = {row["review_id"]: row for row in shipped.rows(output) if row["status"] == "ok"}
-    result = shipped.batchrun("jobs/eval.yaml", "--json")
+    result = shipped.batchrun(*few, "--json")
     assert result.code == 0, result.stderr
     rows = shipped.rows(output)
     assert {row["status"] for row in rows} == {"ok"}

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from decimal import Decimal
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,8 @@ class Cluster:
             [sys.executable, str(script), str(nodes), str(cpus)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL, text=True, env=env, start_new_session=True,
         )  # fmt: skip
-        self.address = self._line()
+        self.address, session = self._line().split()
+        self.session = Path(session)
 
     def tell(self, word: str) -> None:
         assert self.process.stdin is not None
@@ -53,10 +55,10 @@ class Cluster:
         for stream in (self.process.stdin, self.process.stdout):
             assert stream is not None
             stream.close()
-        try:
-            self.process.wait(30)
-        finally:
-            with_group(self.process.pid)
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(60)
+        with_group(self.process.pid)
+        self.process.wait()
 
     def _line(self) -> str:
         assert self.process.stdout is not None
@@ -125,7 +127,16 @@ def engine(cluster: Cluster, **more: Any) -> dict[str, Any]:
 def call(work: Workspace, *args: str) -> Any:
     """The command line in a process of its own: Ray bears no fork."""
     with work.start("job.yaml", *args) as process:
-        stdout, stderr = process.communicate(timeout=240)
+        return ended(process)
+
+
+def ended(process: subprocess.Popen[str], seconds: float = 300) -> tuple[int, Any, str]:
+    """Exit code, summary and talk of a process that must come to its end."""
+    try:
+        stdout, stderr = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
     assert "Traceback" not in stderr, stderr
     return process.returncode, (json.loads(stdout, parse_float=Decimal) if stdout else None), stderr
 
@@ -188,7 +199,7 @@ def test_a_cluster_for_the_run_alone(work: Workspace, provide: Provide) -> None:
     assert (code, summary["sent"]) == (0, 1), stderr
 
 
-def test_rates_caps_and_the_bound_hold_over_all_workers(work: Workspace, provide: Provide, cluster: Cluster) -> None:
+def test_a_cap_and_the_bound_hold_over_all_workers(work: Workspace, provide: Provide, cluster: Cluster) -> None:
     provider = provide(bill="meta", latency=0.05)
     work.write_rows([f"row {number}" for number in range(200)])
     budget = {"usd": "0.003"}
@@ -198,6 +209,56 @@ def test_rates_caps_and_the_bound_hold_over_all_workers(work: Workspace, provide
     assert summary["usd_spent"] == provider.bill <= Decimal("0.003")
     assert 0 < summary["ok"] < 200
     assert 1 < max(request["in_flight"] for request in provider.requests) <= 6
+
+
+def test_a_rate_and_a_pause_hold_over_all_workers(work: Workspace, provide: Provide, cluster: Cluster) -> None:
+    provider = provide(bill="meta")
+    work.write_rows([f"row {number}" for number in range(12)])
+    how = {"engine": engine(cluster, workers=3), "concurrency": 6}
+    work.write_job(provider.base_url, **how, requests_per_minute=120)
+    code, _, stderr = call(work, "--json")
+    assert code == 0, stderr
+    came = [request["came"] for request in provider.requests]
+    # One every half second, after the first two; on its way, one may be later than the next.
+    assert max(came) - min(came) > 0.5 * 10 - 0.4
+    provider = provide(bill="meta", retry_after=3)
+    work.write_rows([f'limit {number} <<{{"fail": [429]}}>>' for number in range(40)])
+    work.write_job(provider.base_url, **how)
+    code, summary, stderr = call(work, "--json")
+    assert (code, summary["usd_spent"]) == (0, provider.bill), stderr
+    came = sorted(request["came"] for request in provider.requests)
+    # Refused, no worker asks: neither the same rows nor others.
+    first = next(index for index, (one, other) in enumerate(pairwise(came)) if other - one > 2)
+    assert first < 30
+
+
+def test_python_calls_it_and_breaks_it_off_before_it_has_begun(
+    work: Workspace, provide: Provide, cluster: Cluster
+) -> None:
+    provider = provide(bill="meta")
+    work.write_rows(["a", "b", "c"])
+    work.write_job(provider.base_url, engine=engine(cluster))
+    script = work.folder / "call.py"
+    script.write_text(
+        "import os, signal, threading, time, batchrun\n"
+        "result = batchrun.run('job.yaml')\n"
+        "assert (result.ok, result.pending, result.reason) == (3, 0, None), result\n"
+        "started = time.monotonic()\n"
+        "full = {'engine.worker_cpus': 900, 'engine.start_seconds': 300}\n"
+        "threading.Timer(8, os.kill, (os.getpid(), signal.SIGINT)).start()\n"
+        "try:\n"
+        "    batchrun.run('job.yaml', overrides=full, new=True)\n"
+        "except KeyboardInterrupt:\n"
+        "    assert 7 < time.monotonic() - started < 60\n"
+        "    print('interrupted')\n",
+        encoding="utf-8",
+    )
+    found = subprocess.run(
+        [sys.executable, script.name], cwd=work.folder, env=work.environment(), capture_output=True, text=True,
+        timeout=300, check=False,
+    )  # fmt: skip
+    assert (found.returncode, found.stdout) == (0, "interrupted\n"), found.stderr
+    assert len(provider.requests) == 3
 
 
 def test_workers_that_are_killed_lose_nothing_but_the_knowledge(
@@ -213,9 +274,8 @@ def test_workers_that_are_killed_lose_nothing_but_the_knowledge(
             victims = workers_of(cluster)
             if victims:
                 os.kill(random.choice(victims), signal.SIGKILL)
-        stdout, stderr = process.communicate(timeout=240)
-    assert process.returncode == 0, said(stderr)
-    summary = json.loads(stdout, parse_float=Decimal)
+        code, summary, stderr = ended(process)
+    assert code == 0, said(stderr)
     assert summary["ok"] == 600
     assert summary["unknown_outcomes"] > 0
     assert "was lost" in stderr
@@ -249,10 +309,9 @@ def test_a_node_that_goes_takes_its_workers_with_it(
     with work.start("job.yaml", "--json") as process:
         provider.wait_for(100, 120)
         cluster.tell("kill")
-        stdout, stderr = process.communicate(timeout=240)
-    assert process.returncode == 0, said(stderr)
-    summary = json.loads(stdout, parse_float=Decimal)
-    assert summary["ok"] == 500
+        code, summary, stderr = ended(process)
+    assert code == 0, said(stderr)
+    assert (summary["ok"], "was lost" in stderr) == (500, True), said(stderr)
     check_bill(work, provider, summary)
 
 
@@ -266,9 +325,8 @@ def test_a_cluster_that_is_gone_is_an_error_and_the_ledger_is_whole(
     with work.start("job.yaml", "--json") as process:
         provider.wait_for(40, 120)
         cluster.tell("gone")
-        stdout, stderr = process.communicate(timeout=240)
-    assert process.returncode == 4, stderr
-    summary = json.loads(stdout, parse_float=Decimal)
+        code, summary, stderr = ended(process)
+    assert code == 4, stderr
     assert (summary["reason"], summary["exit_code"]) == ("cluster", 4), (summary, stderr)
     assert "cluster" in stderr
     assert summary["ok"] > 0
@@ -286,7 +344,7 @@ def test_the_head_is_killed_and_goes_on(work: Workspace, provide: Provide, clust
     with work.start("job.yaml") as process:
         provider.wait_for(30, 120)
         process.kill()
-        process.communicate(timeout=60)
+        process.communicate()
     deadline = time.monotonic() + 60
     while workers_of(cluster):
         assert time.monotonic() < deadline, "the workers of a head that is gone go on"
@@ -308,9 +366,8 @@ def test_a_signal_awaits_what_is_in_flight(
     with work.start("job.yaml", "--json") as process:
         provider.wait_for(4, 120)
         process.send_signal(number)
-        stdout, stderr = process.communicate(timeout=120)
-    assert process.returncode == 128 + number, stderr
-    summary = json.loads(stdout, parse_float=Decimal)
+        code, summary, stderr = ended(process)
+    assert code == 128 + number, stderr
     assert (summary["unknown_outcomes"], summary["ok"]) == (0, len(provider.requests))
     assert summary["usd_spent"] == provider.bill
 
@@ -325,8 +382,8 @@ def test_a_signal_while_it_connects_ends_it(work: Workspace, provide: Provide) -
                 assert time.monotonic() < deadline
                 time.sleep(0.05)
             process.send_signal(number)
-            _, stderr = process.communicate(timeout=90)
-        assert process.returncode == code, stderr
+            found, _, stderr = ended(process)
+        assert found == code, stderr
 
 
 @pytest.mark.parametrize(
@@ -426,7 +483,7 @@ def test_the_key_is_in_no_file_of_ray(work: Workspace, provide: Provide, cluster
     code, _, stderr = call(work)
     assert code == 0, stderr
     read = 0
-    for path in Path("/tmp/ray/session_latest").resolve().rglob("*"):
+    for path in cluster.session.rglob("*"):
         if path.is_file():
             read += 1
             assert KEY.encode() not in path.read_bytes(), path
@@ -457,9 +514,8 @@ def test_twenty_thousand_rows_while_workers_and_a_node_are_killed(
                 cluster.tell("kill")
             elif victims := workers_of(cluster):
                 os.kill(chance.choice(victims), signal.SIGKILL)
-        stdout, stderr = process.communicate(timeout=600)
-    assert process.returncode == 0, said(stderr)
-    summary = json.loads(stdout, parse_float=Decimal)
+        code, summary, stderr = ended(process, 900)
+    assert code == 0, said(stderr)
     assert summary["ok"] == 20_000
     assert summary["unknown_outcomes"] > 0
     assert provider.bill <= 20

@@ -10,6 +10,7 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -166,6 +167,18 @@ def test_input_and_output_in_a_bucket(work: Workspace, provide: Provide, bucket:
     assert shown["usd_spent"] == provider.bill
     for text in (work.ledger.read_bytes(), bucket.get(key)):
         assert KEYS["AWS_SECRET_ACCESS_KEY"].encode() not in text
+
+
+def test_a_store_of_ones_own_is_named_in_the_address(work: Workspace, provide: Provide, bucket: Bucket) -> None:
+    del work.env["AWS_ENDPOINT_URL"]
+    bucket.put("in/rows.csv", csv_of(["a", "b"]))
+    where = f"?endpoint_override={bucket.endpoint}"
+    output = {"path": bucket.url("out/") + where, "part_mb": 1}
+    work.write_job(provide().base_url, input=bucket.url("in/*.csv") + where, output=output, **LEDGER)
+    result = work.run("--json")
+    assert (result.code, result.json["ok"]) == (0, 2), result.stderr
+    assert bucket.keys == ["in/rows.csv", "out/_manifest.json", "out/part-00000.parquet"]
+    assert "verified: 2 attempts and 2 rows agree" in work.batchrun("verify", "job.yaml").stdout
 
 
 @pytest.mark.parametrize("form", ["csv", "csv.gz", "jsonl", "jsonl.gz", "parquet", "*.csv", "**/*.parquet"])
@@ -404,6 +417,37 @@ def test_parts_are_read_wherever_an_output_is(work: Workspace, provide: Provide)
     work.write_job(provider.base_url, input="answers/part-*.parquet", output="judged.parquet", name="judge")
     refused = work.run()
     assert (refused.code, "or drop them by input" in refused.stderr) == (2, True), refused.stderr
+
+
+def test_a_part_too_many_is_blamed_and_goes(work: Workspace, provide: Provide) -> None:
+    work.write_rows(["a", "b"])
+    work.write_job(provide().base_url, output=FOLDER)
+    assert work.run().code == 0
+    folder = work.folder / "answers"
+    shutil.copy(folder / "part-00000.parquet", folder / "part-00001.parquet")
+    blamed = work.batchrun("verify", "job.yaml")
+    assert (blamed.code, "holds part-00001.parquet, which its manifest does not name" in blamed.stdout) == (1, True)
+    assert work.batchrun("export", "job.yaml").code == 0
+    assert work.batchrun("verify", "job.yaml").code == 0
+
+
+def test_killed_while_its_parts_are_shown_a_folder_has_no_manifest(work: Workspace, provide: Provide) -> None:
+    noise = random.Random(5)
+    work.write_rows([noise.randbytes(10_000).hex() for _ in range(200)])
+    work.write_job(provide().base_url, output=FOLDER)
+    assert work.run().code == 0
+    folder = work.folder / "answers"
+    parts = parts_in(folder)
+    assert len(parts) > 2
+    # As it is then: no manifest, and the last of the parts hidden as yet.
+    (folder / "_manifest.json").unlink()
+    parts[-1].rename(folder / f".{parts[-1].name}.part")
+    blamed = work.batchrun("verify", "job.yaml")
+    assert (blamed.code, "is no output of batchrun" in blamed.stdout) == (1, True), blamed
+    assert work.batchrun("export", "job.yaml").code == 0
+    assert parts_in(folder) == parts
+    assert not list(folder.glob(".*"))
+    assert "verified: 200 attempts and 200 rows agree" in work.batchrun("verify", "job.yaml").stdout
 
 
 def test_what_batchrun_has_not_written_is_left_alone(work: Workspace, provide: Provide) -> None:

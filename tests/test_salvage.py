@@ -233,7 +233,7 @@ def test_a_price_list_that_cannot_be_read_is_asked_for_again(work: Workspace, pr
     assert work.run().code == 0
 
 
-@pytest.mark.parametrize("step", [1, 2, 3])
+@pytest.mark.parametrize("step", [2, *(pytest.param(step, marks=pytest.mark.slow) for step in (1, 3))])
 def test_a_salvage_that_is_killed_is_begun_again(work: Workspace, provide: Provide, step: int) -> None:
     """Killed between the moving of its files: what was in the log is still found."""
     provider = provide(latency=0.02)

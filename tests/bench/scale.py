@@ -26,9 +26,18 @@ BATCHRUN = [sys.executable, "-m", "batchrun"]
 
 
 def head(folder: Path, rows: int) -> None:
-    """This process's sender, one worker and two: rows a second, and processor time of the head for each row more."""
+    """This process's sender, one worker and two: rows a second, and processor time of the head for each row more.
+
+    Beside them a client that only sends: by it, one machine and hour are told from another.
+    """
     few = rows // 6
     with stub(folder) as server:
+        floor = [sys.executable, str(HERE / "floor.py"), "aiohttp"]
+        small, large = (
+            measured([*floor, str(number), server.base_url, "256"], server, folder / "log") for number in (few, rows)
+        )
+        more = (large.cpu - small.cpu) / (rows - few) * 1e6
+        print(f"aiohttp, only sends: {rows / large.sending:,.0f} rows/s, {more:.0f} us CPU a row", flush=True)
         for name, workers in (("this process", 0), ("1 worker", 1), ("2 workers", 2)):
             with cluster(server) if workers else nothing() as address:
                 engine = {"name": "ray", "address": address, "workers": workers, "worker_cpus": 0.5}
@@ -65,7 +74,7 @@ def cluster(server: Stub) -> Iterator[str]:
     ) as process:  # fmt: skip
         assert process.stdin is not None
         assert process.stdout is not None
-        yield process.stdout.readline().strip()
+        yield process.stdout.readline().split()[0]
         process.stdin.close()
         process.wait(60)
 
