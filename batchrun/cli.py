@@ -20,7 +20,7 @@ from batchrun import __version__
 from batchrun.errors import BatchrunError, ExitCode, JobError, StorageError, exit_code_of
 from batchrun.money import exact_json
 from batchrun.process import is_stuck
-from batchrun.remote import is_url
+from batchrun.remote import check_url, is_url
 from batchrun.tables import harmless
 
 if TYPE_CHECKING:
@@ -75,6 +75,10 @@ class _PathHere(click.Path):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Refuse an address before it becomes a path that nobody meant."""
         if isinstance(value, str) and is_url(value):
+            try:
+                check_url(value)
+            except ValueError as exc:  # it may hold a secret, which is not shown
+                self.fail(str(exc), param, ctx)
             self.fail(f"{value} is not on this machine, and has to be", param, ctx)
         return super().convert(value, param, ctx)
 

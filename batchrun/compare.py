@@ -21,7 +21,7 @@ from batchrun.loading import load_job
 from batchrun.money import exact_json
 from batchrun.plain import plain_column
 from batchrun.plan import Plan
-from batchrun.remote import AnyPath, RemotePath, is_url
+from batchrun.remote import AnyPath, NoStoreError, RemotePath, check_url, is_url
 from batchrun.spill import Spill
 from batchrun.written import Written
 
@@ -158,9 +158,13 @@ def _opened(name: str) -> AbstractContextManager[_Side]:
     path, _, run_id = name.partition("@")
     if is_url(name):
         try:
-            return _of_output(RemotePath.of(name))
+            check_url(name)
+            place = RemotePath.of(name)
+        except (ValueError, NoStoreError) as exc:
+            raise JobError(str(exc)) from exc
         except OSError as exc:
-            raise JobError(f"{name}: {exc}") from exc
+            raise StorageError(f"{name}: {exc}") from exc
+        return _of_output(place)
     is_output = name.endswith(".parquet") or Path(name).is_dir()
     return _of_output(Path(name)) if is_output else _of_ledger(Path(path), run_id)
 

@@ -114,11 +114,12 @@ class EarlyOutput:
     It goes as far as the first row that is not settled yet, waits there for the end of the run, and ends the file then.
     """
 
-    def __init__(self, plan: Plan, run: Run, output: AnyPath, *, retry_failed: bool) -> None:
+    def __init__(self, plan: Plan, run: Run, output: AnyPath, parts: Parts | None, *, retry_failed: bool) -> None:
         self._plan = plan
         self._retry_failed = retry_failed
         self._run = run
         self._output = output
+        self._parts = parts
         self._is_begun = False
         self._is_over = threading.Event()
         self._is_given_up = False
@@ -176,7 +177,7 @@ class EarlyOutput:
                     self._output,
                     self._last_word,
                     wait,
-                    parts=self._plan.parts(self._run),
+                    parts=self._parts,
                 )
         except _GivenUpError:
             pass

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import pickle
+import random
 import secrets
 import socket
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from batchrun.chat import priced
@@ -28,7 +29,8 @@ from batchrun.records import Action, Exchange, Failure, Intent
 
 _MOST_PARCEL_BYTES = 8 * 1024 * 1024
 _BARREN = 5
-"""So many workers lost, one after the other, that never brought an answer: more of them would not fare better."""
+"""So often the last worker was lost before it had brought an answer: more of them would not fare better."""
+_FEW = 16
 _PAUSE_SECONDS, _LONGEST_PAUSE = 1.0, 60.0
 """Before another worker is begun in the place of one that could not; longer each time."""
 _SILENT_SECONDS = 30
@@ -58,11 +60,16 @@ class Cluster(Protocol):
         """Have no part in it any more; workers that are left end."""
 
 
-class _Asked(NamedTuple):
+@dataclass(eq=False, slots=True)
+class _Asked:
     """A request, and who waits for what becomes of it."""
 
     intent: Intent
     future: asyncio.Future[Exchange]
+    is_given: bool = False
+    """A worker has it, or had it: it may have been sent."""
+    exchange: Exchange | None = None
+    """What became of it, also where nobody waits for it any more."""
 
 
 @dataclass(eq=False)
@@ -156,9 +163,12 @@ class ClusterSender:
         try:
             exchange = await asked.future
         except asyncio.CancelledError:
-            if any(intent.attempt_id in hand.asked for hand in self._hands):
+            if asked.exchange is not None:
+                exchange = asked.exchange  # it came in this very turn
+            elif asked.is_given:
                 raise
-            return Exchange("failed", failure=_NEVER_SENT, cost=NOT_BILLED)
+            else:
+                return Exchange("failed", failure=_NEVER_SENT, cost=NOT_BILLED)
         return priced(exchange, self._pricings[intent.request.slot.model], intent.sent_at)
 
     # --- workers --------------------------------------------------------------------------------------------
@@ -211,8 +221,13 @@ class ClusterSender:
                 continue
             if not first.done():
                 first.set_result(None)
-            pause = _PAUSE_SECONDS
             await self._serve(hand)
+            if hand.has_found:
+                pause = _PAUSE_SECONDS
+            else:
+                # The next one may be lost as soon, with all that it is given.
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, _LONGEST_PAUSE)
 
     def _unseat(self, seat: asyncio.Task[None]) -> None:
         """Nobody holds this place any more."""
@@ -283,6 +298,7 @@ class ClusterSender:
                     if asked.future.done():
                         continue  # nobody waits for it any more, and it was never sent
                     intent = asked.intent
+                    asked.is_given = True
                     hand.asked[intent.attempt_id] = asked
                     parcel.append((intent.attempt_id, intent.request.body, intent.client_request_id))
                     size += len(intent.request.body)
@@ -305,7 +321,9 @@ class ClusterSender:
         elif not self._hands:
             self._unplaced.append(asked)
         else:
-            hand = min(self._hands, key=lambda hand: hand.load)
+            # Of two by chance the one with less, where to look at all would cost more than it brings.
+            hands = self._hands if len(self._hands) <= _FEW else random.sample(self._hands, 2)
+            hand = min(hands, key=lambda hand: hand.load)
             hand.queue.append(asked)
             hand.woken.set()
 
@@ -321,14 +339,16 @@ class ClusterSender:
         failure = Failure("worker", Action.RETRY, what)
         for asked in hand.asked.values():
             _tell(asked, Exchange("unknown", failure=failure))
-        self._barren += not hand.has_found
         if self._hands:
             return
+        self._barren += bool(hand.asked) and not hand.has_found
         self._fault = what
         if self._barren >= _BARREN:
             self._give_up()
             return
         loop = asyncio.get_running_loop()
+        if self._patience is not None:  # others were lost at the same time
+            self._patience.cancel()
         self._patience = loop.call_later(self._setting.start_seconds, self._give_up)
 
     def _give_up(self) -> None:
@@ -375,6 +395,7 @@ async def _awaited(reference: Any) -> Any:
 
 
 def _tell(asked: _Asked, exchange: Exchange) -> None:
+    asked.exchange = exchange
     if not asked.future.done():
         asked.future.set_result(exchange)
 

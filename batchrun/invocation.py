@@ -110,15 +110,15 @@ def run(
             )
         current = _choose_run(ledger, options)
         output = plan.output_path(current)
-        in_parts = job.output.part_mb is not None
-        check_writable(output, None if options.adopt_ledger else job.name, in_parts=in_parts)
+        parts = plan.parts(current, replaces_any=options.adopt_ledger)
+        check_writable(output, None if options.adopt_ledger else job.name, in_parts=parts is not None)
         before = Before.of(ledger)
         context = _Context(plan, ledger, current, options, say, watch, stopper, before, deadline)
         ledger.begin_invocation(current, job=job.record(), endpoint=plan.endpoint.identity)
         with _end_recorded(ledger, current):
             rows = place(plan, ledger, current)
             settled = announce(plan, ledger, current, rows, before, say, is_sample=options.sample is not None)
-            early = EarlyOutput(plan, current, output, retry_failed=options.retry_failed)
+            early = EarlyOutput(plan, current, output, parts, retry_failed=options.retry_failed)
             try:
                 ended = _ask(context, rows, settled, early)
                 if ended.stop is not None and ended.stop is not NO_ROOM:
@@ -385,7 +385,12 @@ def _finish(context: _Context, rows: int, ended: _Ended, early: EarlyOutput) -> 
         if is_changed:
             early.give_up()
         derivation = early.finish(summary) or write_output(
-            plan, ledger, current, output, lambda: summary, parts=plan.parts(current)
+            plan,
+            ledger,
+            current,
+            output,
+            lambda: summary,
+            parts=plan.parts(current, replaces_any=context.options.adopt_ledger),
         )
         ledger.note_output(current)
         summary = replace(with_derived(summary, derivation), output=str(output))

@@ -14,10 +14,10 @@ from typing import Annotated, Any
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
-from batchrun.errors import JobError
+from batchrun.errors import JobError, StorageError
 from batchrun.moments import deadline_of
 from batchrun.overrides import at
-from batchrun.remote import AnyPath, RemotePath, is_url
+from batchrun.remote import AnyPath, NoStoreError, RemotePath, is_url
 from batchrun.settings import (
     BudgetSetting,
     EngineSetting,
@@ -215,13 +215,16 @@ class Job(Setting):
 
         Raises:
             JobError: it is in a store that nothing here opens.
+            StorageError: its store does not answer.
         """
         if not is_url(path):
             return self.resolve(path)
         try:
             return RemotePath.of(path)
-        except OSError as exc:
+        except NoStoreError as exc:
             raise JobError(f"{path}: {exc}") from exc
+        except OSError as exc:
+            raise StorageError(f"{path}: {exc}") from exc
 
     @property
     def ledger_path(self) -> Path:

@@ -24,6 +24,7 @@ from batchrun.plan import Plan, place
 from batchrun.prices import Pricing
 from batchrun.providers import resolve
 from batchrun.records import RowFault, now_us
+from batchrun.sink import check_owned
 from batchrun.spending import pricings_of, refuse_boundless
 from batchrun.summary import Summary
 from batchrun.template import NotRenderedError
@@ -191,7 +192,7 @@ def export(
         ledger.refuse_pruned(run, "be exported any more")
         shaped = job.with_shape_of(known.job)
         repriced = _reprice(shaped, environ, ledger, run, is_offline, say) if reprices else None
-        summary = rewrite(job, ledger, run, known, to, columns)
+        summary = rewrite(job, ledger, run, known, to, columns, adopts=adopt)
     return replace(summary, seconds=time.monotonic() - began), repriced
 
 
@@ -202,8 +203,14 @@ def rewrite(
     known: Snapshot,
     to: Path | None = None,
     columns: Sequence[str] | None = None,
+    *,
+    adopts: bool = False,
 ) -> Summary:
-    """Write the output of a run, or some columns of it to another file, from what the ledger holds of it."""
+    """Write the output of a run, or some columns of it to another file, from what the ledger holds of it.
+
+    Args:
+        adopts: that of another job of batchrun's may be replaced.
+    """
     ledger.refuse_pruned(run, "be exported any more")
     plan = Plan.to_read(job.with_shape_of(known.job), known.endpoint)
     output = plan.output_path(run)
@@ -216,7 +223,10 @@ def rewrite(
     names = check_export(to, columns, plan.schema) if to is not None else plan.schema.names
     rows = place(plan, ledger, run)
     summary = replace(summarise(plan, ledger, run, rows), output=str(output), reason=known.reason)
-    parts = plan.parts(run) if to is None else None
+    parts = None
+    if to is None:
+        parts = plan.parts(run, replaces_any=adopts)
+        check_owned(output, None if adopts else job.name, in_parts=parts is not None)
     derivation = write_output(plan, ledger, run, output, lambda: summary, names=names, parts=parts)
     if to is None:
         ledger.note_output(run)

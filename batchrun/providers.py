@@ -182,7 +182,7 @@ def resolve(
         raise JobError(f"provider {name!r} is not known: give it a base_url (known: {', '.join(PROVIDERS)})")
     environment = _Environment(environ)
     url = environment.expand(written, "provider.base_url")
-    host = "" if environ is None else _check_address(url)
+    host = "" if environ is None else _check_address(url, written)
     filled = {key: environment.expand(text, f"provider.headers.{key}") for key, text in (headers or {}).items()}
     variable = api_key_env or known.api_key_env
     if variable is not None and environ is not None:
@@ -222,23 +222,24 @@ def resolve(
     )
 
 
-def _check_address(url: str) -> str:
-    """The host of an address, or a JobError."""
+def _check_address(url: str, written: str) -> str:
+    """The host of an address, or a JobError; that shows it as it is written: a variable's value may be secret."""
     try:
         parts = urlsplit(url)
         host, _ = parts.hostname, parts.port
     except ValueError as exc:
-        raise JobError(f"provider.base_url {url!r} is no address: {exc}") from None
+        why = f": {exc}" if url == written else ""
+        raise JobError(f"provider.base_url {written!r} is no address{why}") from None
     if parts.scheme not in ("http", "https") or not host:
-        raise JobError(f"provider.base_url {url!r} is no address: write https://host/v1")
+        raise JobError(f"provider.base_url {written!r} is no address: write https://host/v1")
     if parts.username or parts.password:
         raise JobError("provider.base_url holds a user name or password: set api_key_env instead")
     if parts.fragment or re.search(r"[\s\x00-\x1f\x7f]", url):
-        raise JobError(f"provider.base_url {url!r} holds a blank or a #: write https://host/v1")
+        raise JobError(f"provider.base_url {written!r} holds a blank or a #: write https://host/v1")
     try:
         host.encode("idna")
-    except UnicodeError as exc:
-        raise JobError(f"provider.base_url {url!r}: {host!r} is no host: {exc}") from None
+    except UnicodeError:
+        raise JobError(f"provider.base_url {written!r}: that is no host") from None
     return host
 
 

@@ -22,14 +22,20 @@ if TYPE_CHECKING:
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 _SECRET = re.compile(
-    r"secret|token|passw|(?:^|[_.-])(?:\w*key|sig|signature|credential|pwd|auth)(?:$|[_.-](?!kind))", re.IGNORECASE
+    r"secret|token|passw|jwt|bearer|accesskey|(?:^|[_.-])(?:\w*key|sig|signature|credential|pwd|auth)(?:$|[_.-](?!kind))",
+    re.IGNORECASE,
 )
 _PATTERN = re.compile(r"[*\[]")
 _READ_BYTES = 4 * 1024 * 1024
 """Of a store at a time: each read is a request."""
+_WEB = ("http", "https")
 _BUCKETS = ("s3", "gs", "gcs")
 """Stores without folders: an object's name holds slashes."""
-_MARKS = ("etag", "last-modified", "last_modified", "lastmodified", "updated", "created", "content-md5", "digest")
+_MARKS = (
+    "etag", "last-modified", "last_modified", "lastmodified", "modify", "modified", "modificationtime", "updated",
+    "created", "content-md5", "digest", "sha",
+)  # fmt: skip
+_GONE = (404, 410)
 _RETRY_SECONDS = 30
 _Found = TypeVar("_Found")
 
@@ -60,8 +66,12 @@ def check_url(url: str) -> None:
             raise ValueError(f"{parts.scheme}://{parts.netloc}{parts.path}: {name} looks like a secret in an address")
     if parts.fragment or "\0" in url:
         raise ValueError(f"{parts.scheme}://{parts.netloc}{parts.path} holds a # or a NUL character")
-    if not parts.netloc and parts.scheme in (*_BUCKETS, "http", "https"):
+    if not parts.netloc and parts.scheme in (*_BUCKETS, *_WEB):
         raise ValueError(f"{url!r} names no {'bucket' if parts.scheme in _BUCKETS else 'host'}")
+
+
+class NoStoreError(OSError):
+    """An address that nothing here opens, as it stands."""
 
 
 @dataclass(frozen=True)
@@ -88,12 +98,13 @@ class RemotePath:
         """The path of an address.
 
         Raises:
-            OSError: nothing that is installed opens it.
+            NoStoreError: nothing that is installed opens it.
+            OSError: its store does not answer.
         """
         try:
             parts = urlsplit(url)
         except ValueError as exc:
-            raise OSError(f"{url} is no address: {exc}") from exc
+            raise NoStoreError(f"{url} is no address: {exc}") from exc
         query = f"?{parts.query}" if parts.query else ""
         return cls(_store(parts.scheme, parts.netloc, query), unquote(parts.path).rstrip("/"))
 
@@ -248,7 +259,26 @@ class _Store:
         """What the filesystem calls a path."""
 
     def info(self, path: str) -> FileInfo:
-        return _told(lambda: self._filesystem.get_file_info(self._inner(path)))
+        from pyarrow.fs import FileType
+
+        info = _told(lambda: self._filesystem.get_file_info(self._inner(path)))
+        if self._is_web and info.type == FileType.NotFound:
+            self._refuse_refusal(path)
+        return info
+
+    @property
+    def _is_web(self) -> bool:
+        return self.root.partition(":")[0] in _WEB
+
+    def _refuse_refusal(self, path: str) -> None:
+        """Of a web server, fsspec takes whatever is no success for a file that is not there."""
+        try:
+            self._filesystem.handler.fs.info(self._inner(path))
+        except FileNotFoundError as exc:
+            status = getattr(exc.__cause__, "status", None)
+            if exc.__cause__ is not None and status not in _GONE:
+                why = f"it answers {status}" if status is not None else str(exc.__cause__)
+                raise OSError(f"{self.root}: {why}") from exc
 
     def status(self, path: str, name: str) -> Status:
         info = self.info(path)
@@ -274,12 +304,19 @@ class _Store:
 
     def move(self, path: str, target: str) -> None:
         handler = getattr(self._filesystem, "handler", None)
-        # Not every store of fsspec takes what pyarrow would tell it besides.
-        move = self._filesystem.move if handler is None else handler.fs.mv
-        _told(lambda: move(self._inner(path), self._inner(target)))
+        if handler is None:
+            _told(lambda: self._filesystem.move(self._inner(path), self._inner(target)))
+        elif _moves(handler.fs):
+            _told(lambda: handler.fs.mv(self._inner(path), self._inner(target)))
+        else:
+            # Where fsspec moves by its own means, it takes * ? [ in a name for a pattern.
+            _told(lambda: handler.fs.cp_file(self._inner(path), self._inner(target)))
+            _told(lambda: handler.fs.rm_file(self._inner(path)))
 
     def remove(self, path: str) -> None:
-        _told(lambda: self._filesystem.delete_file(self._inner(path)))
+        handler = getattr(self._filesystem, "handler", None)
+        remove = self._filesystem.delete_file if handler is None else handler.fs.rm_file
+        _told(lambda: remove(self._inner(path)))
 
     def make_folder(self, path: str) -> None:
         if self.root.partition(":")[0] not in _BUCKETS:
@@ -293,7 +330,10 @@ class _Store:
         selector = FileSelector(folder.rstrip("/") or folder, allow_not_found=True, recursive=is_deep)
         infos = _told(lambda: self._filesystem.get_file_info(selector))
         outer = len(self._inner("/").rstrip("/"))
-        return sorted(info.path[outer:] for info in infos if info.is_file)
+        # Of a web server, they come as addresses, quoted.
+        return sorted(
+            unquote(info.path[outer:]) if self._is_web else info.path[outer:] for info in infos if info.is_file
+        )
 
 
 class _Guarded(io.RawIOBase):
@@ -351,6 +391,13 @@ class _Guarded(io.RawIOBase):
             _told(self._raw.close)
 
 
+def _moves(filesystem: Any) -> bool:
+    """Whether a filesystem of fsspec has a move of its own."""
+    from fsspec.spec import AbstractFileSystem
+
+    return type(filesystem).mv is not AbstractFileSystem.mv
+
+
 def _told(call: Callable[[], _Found]) -> _Found:
     """The libraries behind a store raise what they like."""
     try:
@@ -371,6 +418,8 @@ def _store(scheme: str, netloc: str, query: str) -> _Store:
     except OSError as exc:
         if "Unrecognized filesystem type" in str(exc):  # by pyarrow
             return _of_fsspec(scheme, netloc, query)
+        if isinstance(exc.__cause__, ValueError | TypeError):
+            raise NoStoreError(str(exc.__cause__)) from exc
         raise
     before = path.rstrip("/")
     return _Store(root, query, _without_backlog(filesystem), lambda path: f"{before}{path}" or "/")
@@ -402,21 +451,21 @@ def _of_fsspec(scheme: str, netloc: str, query: str) -> _Store:
     try:
         import fsspec
     except ImportError:
-        raise OSError(f"{scheme}:// is opened by fsspec: install batchrun[remote]") from None
+        raise NoStoreError(f"{scheme}:// is opened by fsspec: install batchrun[remote]") from None
     root = f"{scheme}://{netloc}"
     try:
         kind = fsspec.get_filesystem_class(scheme)
     except ValueError:
-        raise OSError(f"{scheme}:// is no kind of address that pyarrow or fsspec opens") from None
+        raise NoStoreError(f"{scheme}:// is no kind of address that pyarrow or fsspec opens") from None
     except ImportError as exc:
-        raise OSError(f"{scheme}:// needs another package: {exc}") from exc
+        raise NoStoreError(f"{scheme}:// needs another package: {exc}") from exc
     # Listings that it keeps would be those of before.
     filesystem = _told(
         lambda: kind(
             **{**kind._get_kwargs_from_urls(f"{root}/"), "use_listings_cache": False, "skip_instance_cache": True}
         )
     )
-    is_whole = scheme in ("http", "https")
+    is_whole = scheme in _WEB
 
     def inner(path: str) -> str:
         url = f"{root}{quote(path) if is_whole else path}{query}"

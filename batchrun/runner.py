@@ -359,7 +359,8 @@ class Runner:
     def _decide(self, work: _Work, exchange: Exchange) -> tuple[bool, Stop | None]:
         """Whether the exchange decides its slot, and whether it ends the run."""
         failure = exchange.failure
-        if failure is not None and failure.is_engines_fault and work.losses < _LOSSES:
+        is_engines_fault = failure is not None and failure.is_engines_fault
+        if failure is not None and is_engines_fault and (failure.action is Action.STOP or work.losses < _LOSSES):
             return False, self._send_elsewhere(work, failure)
         stop = self._health.note(work.request.slot.model, exchange, self._clock(), work.tries - work.request.tries)
         if failure is None:

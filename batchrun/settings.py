@@ -221,7 +221,7 @@ class OutputSetting(Setting):
     part_mb: int | None = Field(
         None,
         ge=1,
-        le=1_000_000,
+        le=5_000,  # S3 puts no more into its place at once
         description="Write a folder of part-….parquet files of so many megabytes at most, and _manifest.json last.",
     )
     path: str = Field(

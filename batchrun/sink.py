@@ -22,6 +22,7 @@ from batchrun.written import (
     MANIFEST_NAME,
     PART_KEY,
     PART_NAME,
+    label_of,
     manifest_of,
     part_files,
     part_name,
@@ -41,10 +42,12 @@ class Parts:
     Attributes:
         most_bytes: of a part; only a single row may be longer.
         label: what the parts say of themselves: the job and the run.
+        replaces_any: those of another job may stand there before.
     """
 
     most_bytes: int
     label: dict[str, str]
+    replaces_any: bool = False
 
 
 def write_parquet(
@@ -72,7 +75,8 @@ def write_parts(
 ) -> None:
     """Write `part-….parquet` files, hidden until the last is whole, and at the end a manifest that names them.
 
-    What stood there before goes once all is written: the manifest, then the parts that batchrun has written.
+    What stood there before goes once all is written: the manifest, then the parts, one by one as new ones take their
+    places.
 
     Raises:
         StorageError: it cannot be written. If that happens while the parts are shown, there is no manifest.
@@ -84,29 +88,27 @@ def write_parts(
         try:
             written = list(_write_hidden(folder, schema, _groups(batches, schema, most), parts))
             told = {**parse_json(manifest()), "parts": [part_name(number) for number in range(len(written))]}
+            # Since the check before the run, another process may have come to the same folder.
+            check_owned(folder, None if parts.replaces_any else parts.label["job"], in_parts=True)
         except BaseException:
             for beside in _hidden_parts(folder):
                 beside.unlink(missing_ok=True)
             raise
-        old_parts = part_files(folder)
-        for part in old_parts:
-            if (writer := writer_of(part)) != parts.label["job"]:
-                raise StorageError(
-                    f"the output {folder} holds {part.name}, which {writer or 'nobody known'} wrote: name another "
-                    "folder, or remove it; `batchrun export` writes the output again"
-                )
+        if any(label_of(beside) != parts.label for beside in written):
+            raise StorageError(f"another job writes to the output {folder}: name another folder")
         (folder / MANIFEST_NAME).unlink(missing_ok=True)
-        for part in old_parts:
-            part.unlink(missing_ok=True)
         if isinstance(folder, Path):
             sync_folder(folder)
         for number, beside in enumerate(written):
             beside.replace(folder / part_name(number))  # type: ignore[arg-type]
+        for part in part_files(folder):
+            if part.name not in told["parts"]:
+                part.unlink(missing_ok=True)
         if isinstance(folder, Path):
             sync_folder(folder)
         with appearing(folder / MANIFEST_NAME) as fp:
             fp.write(f"{exact_json(told)}\n".encode())
-    except (OSError, pa.ArrowException) as exc:
+    except (OSError, pa.ArrowException, JobError) as exc:
         raise _unwritten(folder, exc) from exc
 
 
@@ -133,12 +135,12 @@ def check_writable(path: AnyPath, job_name: str | None, *, in_parts: bool) -> No
     """Find out before anything is sent whether the output can be written.
 
     Args:
-        job_name: whose output may stand there already; None for anybody's.
+        job_name: whose output may stand there already; None for that of any job.
         in_parts: it is a folder.
 
     Raises:
         StorageError: it cannot.
-        JobError: another job's output stands there, or a folder with files that are nobody's.
+        JobError: something stands there that would be lost.
     """
     file = path / MANIFEST_NAME if in_parts else path
     try:
@@ -155,23 +157,47 @@ def check_writable(path: AnyPath, job_name: str | None, *, in_parts: bool) -> No
                 raise StorageError(f"the output {place} is {what}: name another file, or remove it")
         with written_beside(probe):
             pass
-        probe.unlink()
-        writer = (manifest_of(path) or {}).get("job")
-        others = [] if job_name is None or not in_parts else [
-            (part, other) for part in part_files(path) if (other := writer_of(part)) != job_name
-        ]  # fmt: skip
+        # Not every store can put a file into its place.
+        moved = hidden(probe)
+        probe.replace(moved)  # type: ignore[arg-type]
+        moved.unlink()
     except (OSError, RuntimeError) as exc:  # the latter for links that lead round in a circle
         raise StorageError(f"the output {path} cannot be written: {getattr(exc, 'strerror', None) or exc}") from exc
-    if others and others[0][1] is None:
-        raise JobError(
-            f"the output {path} holds {others[0][0].name}, which batchrun has not written: name another folder"
-        )
-    writer = next((other for _, other in others), writer)
-    if job_name is not None and writer not in (None, job_name):
-        raise JobError(
-            f"the output {path} is that of the job {writer!r}: name another output; or, if this is that job under a "
-            f"new file name, set `name: {writer}` and add --adopt-ledger, so that its answers are not paid for again"
-        )
+    check_owned(path, job_name, in_parts=in_parts)
+
+
+def check_owned(path: AnyPath, job_name: str | None, *, in_parts: bool) -> None:
+    """Refuse to replace what is not the job's.
+
+    Args:
+        job_name: see `check_writable`.
+
+    Raises:
+        StorageError: it cannot be read.
+        JobError: another job's output stands there, or something that batchrun has not written.
+    """
+    try:
+        writers = {part: writer_of(part) for part in part_files(path)} if in_parts else {}
+        file = path / MANIFEST_NAME if in_parts else path
+        if file.is_file() and file.stat().st_size:
+            manifest = manifest_of(path)
+            writers[file] = str(manifest.get("job")) if manifest is not None else None
+    except OSError as exc:
+        raise StorageError(f"the output {path} cannot be read: {exc}") from exc
+    for file, writer in writers.items():
+        if writer is None:
+            raise JobError(
+                f"the output {path} holds {file.name}, which batchrun has not written: name another folder"
+                if in_parts
+                else f"the output {path} is there already, and batchrun has not written it, or it is damaged: name "
+                "another file, or remove it"
+            )
+        if job_name is not None and writer != job_name:
+            raise JobError(
+                f"the output {path} is that of the job {writer!r}: name another output; or, if this is that job under "
+                f"a new file name, set `name: {writer}` and add --adopt-ledger, so that its answers are not paid for "
+                "again"
+            )
 
 
 def _unwritten(path: AnyPath, exc: Exception) -> StorageError:

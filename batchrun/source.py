@@ -30,7 +30,8 @@ from batchrun.textfile import Place
 from batchrun.written import MANIFEST_KEY, PART_KEY
 
 _OWN = (MANIFEST_KEY.encode(), PART_KEY.encode())
-_LOOK_SECONDS = 5.0
+_LOOK_SECONDS, _LOOK_SHARE = 5.0, 20
+"""Between two looks at a store: so long at least, and so many times as long as a look takes."""
 """Between looks at a store, whether the input has changed."""
 
 _BY_SUFFIX = {
@@ -68,7 +69,7 @@ class Source:
         self._folder = job.path.parent
         self._job_path = job.place_of(job.input.path)
         self._files = _find(job)
-        self._looked_at = time.monotonic()
+        self._next_look = time.monotonic() + _LOOK_SECONDS
         # Before anything is read: what was read of them later may be of other files.
         self.seen = self.fingerprint()
         self._read_as = [self._setting.encoding, self._setting.format]
@@ -151,15 +152,17 @@ class Source:
     def refuse_change(self) -> None:
         """Whoever reads on in other files than those that were placed asks the wrong rows.
 
-        A store, where each look is a request, is looked at now and again.
+        A store, where a look is a request for each file, is looked at now and again.
 
         Raises:
             InputError: the files are not those that were first looked at.
         """
-        if self.is_remote and time.monotonic() - self._looked_at < _LOOK_SECONDS:
+        began = time.monotonic()
+        if self.is_remote and began < self._next_look:
             return
         found = self.fingerprint()
-        self._looked_at = time.monotonic()
+        ended = time.monotonic()
+        self._next_look = ended + max(_LOOK_SECONDS, _LOOK_SHARE * (ended - began))
         if found != self.seen:
             raise InputError(f"{self.file_names} has changed while the run went on")
 

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchrun.documents import parse_json
+from batchrun.errors import StorageError
 from batchrun.remote import AnyPath, RemotePath, for_arrow
 
 MANIFEST_KEY = "batchrun"
@@ -44,7 +45,11 @@ class Written:
 
     @classmethod
     def at(cls, path: AnyPath) -> Written | None:
-        """The output that stands at a path; None if there is none, or it is not batchrun's."""
+        """The output that stands at a path; None if there is none, or it is not batchrun's.
+
+        Raises:
+            StorageError: its store does not answer.
+        """
         manifest = _in_metadata(path, MANIFEST_KEY)
         if manifest is not None:
             return cls(path, manifest, (path,))
@@ -97,7 +102,11 @@ class Written:
 
 
 def manifest_of(path: AnyPath) -> dict[str, Any] | None:
-    """The manifest of the output at a path; None if there is none, or it is not batchrun's."""
+    """The manifest of the output at a path; None if there is none, or it is not batchrun's.
+
+    Raises:
+        StorageError: its store does not answer.
+    """
     written = Written.at(path)
     return written.manifest if written is not None else None
 
@@ -109,10 +118,23 @@ def part_files(folder: AnyPath) -> list[AnyPath]:
     return []
 
 
+def label_of(path: AnyPath) -> dict[str, Any] | None:
+    """What a part says of itself; None for any other file.
+
+    Raises:
+        StorageError: its store does not answer.
+    """
+    return _in_metadata(path, PART_KEY)
+
+
 def writer_of(path: AnyPath) -> str | None:
-    """The job that has written a part; None for any other file."""
-    told = _in_metadata(path, PART_KEY)
-    return str(told.get("job")) if told is not None else None
+    """The job that has written a part; None for any other file.
+
+    Raises:
+        StorageError: its store does not answer.
+    """
+    label = label_of(path)
+    return str(label.get("job")) if label is not None else None
 
 
 def _in_metadata(path: AnyPath, key: str) -> dict[str, Any] | None:
@@ -120,15 +142,27 @@ def _in_metadata(path: AnyPath, key: str) -> dict[str, Any] | None:
     try:
         with for_arrow(path) as source:
             told = parse_json((pq.read_metadata(source).metadata or {})[key.encode()])
-    except (OSError, pa.ArrowException, KeyError, ValueError):
+    except (pa.ArrowException, KeyError, ValueError):
+        return None
+    except OSError as exc:
+        _refuse_silence(path, exc)
         return None
     return told if isinstance(told, dict) else None
+
+
+def _refuse_silence(path: AnyPath, exc: OSError) -> None:
+    """What a store does not show may be anybody's."""
+    if isinstance(path, RemotePath) and not isinstance(exc, FileNotFoundError | IsADirectoryError):
+        raise StorageError(f"{path}: cannot be read: {exc}") from exc
 
 
 def _manifest_in_folder(path: AnyPath) -> dict[str, Any] | None:
     try:
         with (path / MANIFEST_NAME).open("rb") as fp:
             manifest = parse_json(fp.read())
-    except (OSError, ValueError):
+    except ValueError:
+        return None
+    except OSError as exc:
+        _refuse_silence(path, exc)
         return None
     return manifest if isinstance(manifest, dict) else None

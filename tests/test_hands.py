@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import pickle
+import random
 from collections.abc import Callable
 from decimal import Decimal
 from typing import Any
@@ -93,6 +94,7 @@ class Cluster:
         self.actors: list[Actor] = []
         self.killed: list[Actor] = []
         self.is_mute = self.has_left = False
+        self.kill_seconds = 0.01
         self.prove: Callable[[int], Any] = lambda number: None
         self.kills: Callable[[int], bool] = lambda attempt_id: False
 
@@ -110,6 +112,7 @@ class Cluster:
 
     async def kill(self, actor: Actor) -> None:
         self.killed.append(actor)
+        await asyncio.sleep(self.kill_seconds)
         actor.die()
 
     async def leave(self) -> None:
@@ -218,6 +221,82 @@ def test_without_any_worker_for_a_while_the_cluster_is_gone() -> None:
     found = send(cluster, work, start_seconds=0.3)
     assert {(exchange.outcome, exchange.failure.kind) for exchange in found} == {("failed", "cluster")}
     assert "no room" in found[0].failure.message
+
+
+def test_all_lost_at_once_and_begun_again_it_goes_on() -> None:
+    cluster = Cluster(size=2)
+
+    async def work(sender: ClusterSender) -> Any:
+        await all_of(sender, range(4))
+        for actor in cluster.actors:
+            actor.die()
+        await all_of(sender, range(4, 8))
+        await asyncio.sleep(0.6)  # for longer than it would have waited for them
+        return await all_of(sender, range(8, 12))
+
+    assert {exchange.failure.kind for exchange in send(cluster, work, start_seconds=0.3)} == {"server"}
+
+
+def test_idle_workers_that_are_lost_are_no_sign_of_bad_ones() -> None:
+    cluster = Cluster(size=8)
+
+    async def work(sender: ClusterSender) -> Any:
+        for number in range(30):
+            await sender.send(intent(number))
+        for actor in cluster.actors:
+            actor.die()
+        await asyncio.sleep(0.1)
+        return await all_of(sender, range(30, 40))
+
+    assert {exchange.failure.kind for exchange in send(cluster, work)} == {"server"}
+
+
+def test_a_place_where_workers_die_at_once_is_filled_ever_more_slowly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hands, "_PAUSE_SECONDS", 0.1)
+    cluster = Cluster(size=2)
+    good: list[Actor] = []
+
+    def kills(attempt_id: int) -> bool:
+        if not good:
+            good.append(cluster.actors[0])
+        for actor in cluster.actors:
+            if actor is not good[0]:
+                actor.die()
+        return False
+
+    cluster.kills = kills
+
+    async def work(sender: ClusterSender) -> Any:
+        for number in range(100):
+            await sender.send(intent(number))
+
+    send(cluster, work)
+    assert len(cluster.actors) < 8
+
+
+@pytest.mark.parametrize("is_dying", [False, True], ids=["answers", "dies"])
+def test_what_a_worker_was_given_is_never_told_as_never_sent(is_dying: bool) -> None:
+    """Cancelled at any moment, as by a second signal."""
+    chance = random.Random(3)
+    kinds: set[str] = set()
+    for _ in range(60):
+        cluster = Cluster(size=2)
+        cluster.kill_seconds = 0.02
+        cluster.kills = lambda attempt_id: is_dying and chance.random() < 0.1
+
+        async def work(sender: ClusterSender, cluster: Cluster = cluster) -> Any:
+            sending = {number: asyncio.ensure_future(sender.send(intent(number))) for number in range(16)}
+            await asyncio.sleep(chance.uniform(0, 0.03))
+            for task in sending.values():
+                task.cancel()
+            await asyncio.wait(sending.values())
+            for number, task in sending.items():
+                kind = "dropped" if task.cancelled() else task.result().failure.kind
+                kinds.add(kind)
+                assert kind != "interrupted" or number not in cluster.asked
+
+        send(cluster, work)
+    assert {"dropped", "server", "interrupted"} <= kinds
 
 
 def test_a_worker_that_is_late_or_another_one_is_waited_for() -> None:

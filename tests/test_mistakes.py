@@ -22,6 +22,15 @@ from .conftest import FakeProvider, Workspace
 Provide = Callable[..., FakeProvider]
 
 
+@pytest.mark.parametrize("value", ["hidden 4711", "hidden4711#", "[hidden4711", "h:hidden4711"])
+def test_an_address_that_is_none_is_shown_as_it_is_written(work: Workspace, value: str) -> None:
+    work.write_rows(["a"])
+    work.env["GATEWAY"] = value
+    work.write_job("http://${GATEWAY}/v1")
+    result = work.run()
+    assert (result.code, "${GATEWAY}" in result.stderr, "4711" in result.stderr) == (2, True, False), result.stderr
+
+
 @pytest.mark.parametrize(
     ("keys", "said"),
     [

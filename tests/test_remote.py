@@ -29,9 +29,11 @@ import pytest
 from pyarrow.fs import FileSelector, S3FileSystem
 
 import batchrun
+from batchrun import remote, sink
+from batchrun.errors import StorageError
 from batchrun.remote import RemotePath, check_url
-from batchrun.sink import Parts, write_parquet, write_parts
-from batchrun.written import Written
+from batchrun.sink import Parts, check_writable, write_parquet, write_parts
+from batchrun.written import Written, manifest_of
 
 from .conftest import FakeProvider, Workspace, spent
 
@@ -492,6 +494,44 @@ def test_parts_without_rows(work: Workspace, provide: Provide) -> None:
     assert pd.read_parquet(work.folder / "answers").empty
 
 
+def test_a_job_of_another_name_takes_over_its_parts(work: Workspace, provide: Provide) -> None:
+    provider = provide()
+    work.write_rows(["a"])
+    work.write_job(provider.base_url, output=FOLDER, **LEDGER)
+    assert work.run().code == 0
+    work.write_rows(["a", "b"])
+    work.job.rename(work.folder / "renamed.yaml")
+    for _ in range(2):
+        result = work.batchrun("renamed.yaml", "--adopt-ledger", "--json")
+        assert result.code == 0, result.stderr
+    assert len(provider.requests) == 1 + 2 + 2
+    assert work.batchrun("verify", "renamed.yaml").code == 0
+
+
+@pytest.mark.parametrize("in_parts", [False, True], ids=["a file", "a folder"])
+def test_nothing_of_the_users_is_replaced(work: Workspace, provide: Provide, in_parts: bool) -> None:
+    provider = provide()
+    work.write_rows(["a"])
+    mine = work.folder / ("answers/_manifest.json" if in_parts else "gold.parquet")
+    mine.parent.mkdir(exist_ok=True)
+    if in_parts:
+        mine.write_text('{"entries": ["mine"]}')
+    else:
+        pq.write_table(pa.table({"gold": ["mine"]}), mine)
+    before = mine.read_bytes()
+    work.write_job(provider.base_url, output=FOLDER if in_parts else mine.name)
+    for options in ((), ("--adopt-ledger",)):
+        refused = work.run(*options)
+        assert (refused.code, "batchrun has not written" in refused.stderr) == (2, True), refused.stderr
+    assert (provider.requests, mine.read_bytes()) == ([], before)
+    # Nor by an export, once the job file names it.
+    work.write_job(provider.base_url)
+    assert work.run().code == 0
+    work.write_job(provider.base_url, output=FOLDER if in_parts else mine.name, ledger="out.ledger.sqlite")
+    assert work.batchrun("export", "job.yaml").code == 2
+    assert mine.read_bytes() == before
+
+
 def test_shards_add_up_in_one_report(work: Workspace, provide: Provide) -> None:
     provider = provide(bill="meta")
     (work.folder / "state").mkdir()
@@ -515,8 +555,13 @@ class _Ranged(http.server.SimpleHTTPRequestHandler):
 
     def send_head(self) -> Any:
         path = Path(self.translate_path(self.path))
+        if path.is_dir():
+            return self.list_directory(str(path))
         if not path.is_file():
             self.send_error(404)
+            return None
+        if path.with_name("refuse").exists():
+            self.send_error(503)
             return None
         data = path.read_bytes()
         wanted = self.headers.get("Range", "")
@@ -565,11 +610,38 @@ def test_an_input_over_http(work: Workspace, provide: Provide, tmp_path: Path, w
 
 
 def test_a_server_that_is_away_is_an_error_with_words(work: Workspace, provide: Provide) -> None:
-    work.write_job(provide().base_url, input="http://127.0.0.1:9/rows.csv")
+    for url in ("http://127.0.0.1:9/rows.csv", "ftp://127.0.0.1:9/rows.csv"):
+        work.write_job(provide().base_url, input=url)
+        result = work.run()
+        assert (result.code, url in result.stderr) == (6, True), result.stderr
+        assert "Traceback" not in result.stderr
+
+
+def test_a_web_server_that_refuses_says_nothing_of_the_file(
+    work: Workspace, provide: Provide, tmp_path: Path, web: str
+) -> None:
+    provider = provide(latency=0.5)
+    rows = tmp_path / "web" / "rows.csv"
+    rows.write_bytes(csv_of([f"row {number}" for number in range(6)]))
+    work.write_job(provider.base_url, input=f"{web}/rows.csv", concurrency=2)
+    with work.start("job.yaml") as process:
+        provider.wait_for(2)
+        (tmp_path / "web" / "refuse").touch()
+        _, stderr = process.communicate(timeout=60)
+    assert (process.returncode, "it answers 503" in stderr) == (6, True), stderr
+    (tmp_path / "web" / "refuse").unlink()
+    provider.hurry()
+    result = work.run("--json")
+    assert (result.code, len(provider.requests)) == (0, 6), result.stderr
+
+
+def test_a_pattern_over_http(work: Workspace, provide: Provide, tmp_path: Path, web: str) -> None:
+    for name in ("a b.csv", "grün.csv"):
+        (tmp_path / "web" / name).write_bytes(csv_of([name]))
+    work.write_job(provide().base_url, input=f"{web}/*.csv")
     result = work.run()
-    assert result.code == 2
-    assert "http://127.0.0.1:9/rows.csv" in result.stderr
-    assert "Traceback" not in result.stderr
+    assert result.code == 0, result.stderr
+    assert [row["prompt"] for row in work.rows()] == ["a b.csv", "grün.csv"]
 
 
 def test_without_fsspec_it_is_named(work: Workspace, provide: Provide, web: str) -> None:
@@ -597,6 +669,73 @@ def test_outputs_in_a_store_of_fsspec() -> None:
     assert sorted(file.name for file in folder.iterdir()) == ["_manifest.json", "part-00000.parquet"]
 
 
+@pytest.mark.parametrize("name", ["run[12].parquet", "what?.parquet", "all*.parquet"])
+def test_a_name_that_could_be_a_pattern_is_a_name(name: str) -> None:
+    top = RemotePath.of("memory://names")
+    others = {".run1.parquet.part", "whatx.parquet", "alls.parquet"}
+    for other in others:
+        with (top / other).open("wb") as fp:
+            fp.write(b"mine")
+    schema = pa.schema([("x", pa.int64())])
+    check_writable(top / name, "j", in_parts=False)
+    write_parquet(top / name, schema, [], lambda: '{"job": "j"}')
+    assert manifest_of(top / name) == {"job": "j"}
+    check_writable(top / name, "j", in_parts=False)
+    (top / name).unlink()
+    assert {path.name for path in top.iterdir()} == others
+
+
+def test_parts_of_two_jobs_in_one_folder_are_never_mixed() -> None:
+    schema = pa.schema([("x", pa.int64())])
+    batches = [pa.record_batch({"x": [1, 2, 3]}, schema=schema)]
+    folder = RemotePath.of("memory://store/shared")
+
+    def write(job: str, manifest: Callable[[], str]) -> None:
+        write_parts(folder, schema, batches, manifest, Parts(10**6, {"job": job, "run_id": "r"}))
+
+    def meanwhile() -> str:
+        """The other one writes its parts hidden, too, and has not shown them yet."""
+        with pytest.raises(RuntimeError, match="killed"), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sink, "check_owned", _killed)
+            patch.setattr(RemotePath, "unlink", lambda *args, **kwargs: None)
+            write("b", lambda: "{}")
+        return "{}"
+
+    with pytest.raises(StorageError, match="another job writes to the output"):
+        write("a", meanwhile)
+    assert Written.at(folder) is None
+
+
+def _killed(*args: Any, **kwargs: Any) -> None:
+    raise RuntimeError("killed")
+
+
+def test_a_store_that_cannot_move_is_told_before_anything_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no(*args: Any) -> None:
+        raise NotImplementedError("move")
+
+    path = RemotePath.of("memory://unmoved/out.parquet")
+    monkeypatch.setattr(type(path._store), "move", lambda *args: remote._told(no))
+    with pytest.raises(StorageError, match=r"cannot be written: NotImplementedError: move"):
+        check_writable(path, "j", in_parts=False)
+
+
+def test_what_a_store_does_not_show_is_not_taken_for_nobodys(monkeypatch: pytest.MonkeyPatch) -> None:
+    schema = pa.schema([("x", pa.int64())])
+    folder = RemotePath.of("memory://shy")
+    parts = Parts(10**6, {"job": "j", "run_id": "r"})
+    write_parts(folder, schema, [], lambda: '{"job": "j"}', parts)
+
+    def refused(*args: Any) -> None:
+        raise PermissionError("403")
+
+    monkeypatch.setattr(type(folder._store), "open_input", refused)
+    with pytest.raises(StorageError, match="cannot be read: 403"):
+        check_writable(folder, "j", in_parts=True)
+    with pytest.raises(StorageError, match="cannot be read: 403"):
+        write_parts(folder, schema, [], lambda: '{"job": "j"}', parts)
+
+
 def test_a_file_url_is_refused(work: Workspace, provide: Provide) -> None:
     work.write_rows(["a"])
     work.write_job(provide().base_url, input=(work.folder / "in.csv").as_uri())
@@ -605,6 +744,10 @@ def test_a_file_url_is_refused(work: Workspace, provide: Provide) -> None:
     for option in ("--input", "--output"):
         assert "is on this machine: write the path alone" in work.run(option, work.output.as_uri()).stderr
     assert "is not on this machine" in work.batchrun("export", "job.yaml", "--to", "s3://bucket/x.csv").stderr
+    shown = work.batchrun("export", "job.yaml", "--to", "s3://me:hidden4711@bucket/x.csv")
+    compared = work.batchrun("compare", "https://127.0.0.1:9/a.parquet?X-Amz-Signature=hidden4711", "b.parquet")
+    for result in (shown, compared):
+        assert (result.code, "hidden4711" in result.stderr) == (2, False), result.stderr
 
 
 @pytest.mark.parametrize(
