@@ -49,7 +49,11 @@ class Health:
             return Stop(ExitCode.PROVIDER, "outage", f"{_FIRST} rows in a row: {failure}; run again later")
         self._only_unreachable = self._only_unreachable and failure.kind == "connect"
         if self._only_unreachable and (self._attempts >= _FIRST or tries >= self._max_attempts):
-            return Stop(ExitCode.PROVIDER, "unreachable", f"the provider cannot be reached: {failure.message}")
+            return Stop(
+                ExitCode.PROVIDER,
+                "unreachable",
+                f"the provider cannot be reached: {failure.message}; if its address is right, run again later",
+            )
         silence = now - self._last_success
         if self._failed_since > 1 and silence >= max(self._max_seconds, _SHORTEST_OUTAGE):
             return Stop(ExitCode.PROVIDER, "outage", f"no answer for {silence:.0f} s: {failure}; run again later")

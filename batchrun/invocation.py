@@ -123,8 +123,10 @@ def run(
                 ended = _ask(context, rows, settled, early)
                 if ended.stop is not None and ended.stop is not NO_ROOM:
                     say(ended.stop.message)
-                if ended.stop is not None and ended.stop.reason == "auth" and plan.endpoint.key_variable:
-                    say(f"look at the key in {plan.endpoint.key_variable}, then run again to go on")
+                if ended.stop is not None and ended.stop.reason == "auth":
+                    variable = plan.endpoint.key_variable
+                    key = f"look at the key in {variable}" if variable else "no key was sent: set provider.api_key_env"
+                    say(f"{key}, then run again to go on")
                 summary = _finish(context, rows, ended, early)
             finally:
                 early.give_up()

@@ -143,7 +143,10 @@ class Job(Setting):
         if self.provider.name == "local" and len(self.models) > 1:
             raise ValueError("the provider local serves one model at a time: name one, and give each a job of its own")
         if self.provider.name == "local" and self.engine.name != "local":
-            raise ValueError("the provider local is a server on this machine, which other machines do not reach")
+            raise ValueError(
+                "provider: local is a server on this machine, which other machines do not reach: set engine: local (or "
+                "--engine local), or name another provider"
+            )
         return self
 
     @field_validator("deadline")

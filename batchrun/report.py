@@ -66,8 +66,8 @@ class Report:
             "runs": len(self.runs),
             **sums,
             **usd,
-            "usd_per_1000_rows": share(spent * 1000, sums["ok"] + sums["failed"]),
-            "usd_per_ok_row": share(spent, sums["ok"]),
+            "usd_per_1000_rows": share(spent * 1000, sums["ok"] + sums["failed"], sums["unknown_attempts"]),
+            "usd_per_ok_row": share(spent, sums["ok"], sums["unknown_attempts"]),
         }
 
 

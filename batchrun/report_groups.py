@@ -62,7 +62,7 @@ def grouped(report: Report, by: str) -> pd.DataFrame:
             name_of_value: value,
             **sums,
             "runs": len(sums["runs"]),
-            "usd_per_1000_ok": share(sums["usd_spent"] * 1000, sums["ok"]),
+            "usd_per_1000_ok": share(sums["usd_spent"] * 1000, sums["ok"], sums["unknown_attempts"]),
         }
         for value, sums in ordered
     ]

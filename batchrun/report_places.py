@@ -47,7 +47,11 @@ class Places:
                         (ledgers if kind == "ledger" else outputs).setdefault(os.path.realpath(file), file)
                 continue
             if not path.is_file():
-                what = "is neither a file nor a folder" if path.exists() else "there is no such file or folder"
+                what = (
+                    "is neither a file nor a folder"
+                    if path.exists()
+                    else "there is no such file or folder: name ledgers, outputs or folders that hold them"
+                )
                 raise JobError(f"{path}: {what}")
             self.named.add(path)
             if path.suffix == ".parquet":

@@ -22,8 +22,8 @@ from batchrun.written import (
     MANIFEST_NAME,
     PART_KEY,
     PART_NAME,
+    Written,
     label_of,
-    manifest_of,
     part_files,
     part_name,
     writer_of,
@@ -176,12 +176,16 @@ def check_owned(path: AnyPath, job_name: str | None, *, in_parts: bool) -> None:
         StorageError: it cannot be read.
         JobError: another job's output stands there, or something that batchrun has not written.
     """
+    file = path / MANIFEST_NAME if in_parts else path
+    writers: dict[AnyPath, str | None] = {}
     try:
-        writers = {part: writer_of(part) for part in part_files(path)} if in_parts else {}
-        file = path / MANIFEST_NAME if in_parts else path
         if file.is_file() and file.stat().st_size:
-            manifest = manifest_of(path)
-            writers[file] = str(manifest.get("job")) if manifest is not None else None
+            written = Written.at(path)
+            known = (file, *written.files) if written is not None else (file,)
+            writers = dict.fromkeys(known, str(written.manifest.get("job")) if written is not None else None)
+        for part in part_files(path) if in_parts else ():
+            if part not in writers:  # the manifest names it not: it may be anybody's
+                writers[part] = writer_of(part)
     except OSError as exc:
         raise StorageError(f"the output {path} cannot be read: {exc}") from exc
     for file, writer in writers.items():

@@ -113,13 +113,13 @@ class RunSpend:
 
     @property
     def usd_per_1000_rows(self) -> Decimal | None:
-        """Dollars for a thousand settled rows, to 1e-12; None without any."""
-        return share(self.usd_spent * 1000, self.settled)
+        """Dollars for a thousand settled rows, to 1e-12; None without any, or where no cost is known."""
+        return share(self.usd_spent * 1000, self.settled, self.unknown_attempts)
 
     @property
     def usd_per_ok_row(self) -> Decimal | None:
-        """Dollars for each row with an answer, to 1e-12; None without any."""
-        return share(self.usd_spent, self.ok)
+        """Dollars for each row with an answer, to 1e-12; None without any, or where no cost is known."""
+        return share(self.usd_spent, self.ok, self.unknown_attempts)
 
     @property
     def rows_per_second(self) -> float | None:
@@ -182,9 +182,16 @@ def read_ledger(ledger: LedgerView, *, number: int | None = None) -> Spend:
         ) from exc
 
 
-def worked_seconds(ledger: LedgerView, run: Run) -> float:
-    """How long the invocations of a run have worked; of those without an end, until their last attempt."""
-    return next((one.seconds for one in _known(ledger, run.run)), 0.0)
+def asking_seconds(ledger: LedgerView, run_id: str) -> float:
+    """How long the invocations of a run have asked, each from its beginning to its last answer."""
+    (pair,) = ledger.rows(
+        "SELECT coalesce(sum(last - started_at), 0) FROM (SELECT started_at, "
+        "max(CASE outcome WHEN 'unknown' THEN sent_at ELSE coalesce(settled_at, sent_at) END) AS last FROM attempt "
+        "JOIN invocation USING (invocation) WHERE attempt.run = (SELECT run FROM run WHERE run_id = ?) "
+        "GROUP BY invocation)",
+        (run_id,),
+    )
+    return max(0, int(pair[0])) / 1e6
 
 
 def _read(ledger: LedgerView, number: int | None) -> Spend:
@@ -376,9 +383,13 @@ def _provider(job: dict[str, Any]) -> str:
     return str(provider.get("name")) if isinstance(provider, dict) else str(provider)
 
 
-def share(usd: Decimal, number: int) -> Decimal | None:
-    """The dollars for each of a number of things, to 1e-12; None for nothing."""
-    return from_pico(to_pico(usd / number)) if number else None
+def share(usd: Decimal, number: int, unknown: int) -> Decimal | None:
+    """The dollars for each of a number of things, to 1e-12; None for nothing, or for nothing known.
+
+    Args:
+        unknown: how many attempts' cost is not among the dollars.
+    """
+    return from_pico(to_pico(usd / number)) if number and (usd or not unknown) else None
 
 
 def _cap(known: _Known) -> dict[str, Any]:

@@ -85,7 +85,8 @@ class Summary:
             "unknown_attempts": totals.unknown_cost,
             "unknown_outcomes": totals.unknown_outcomes,
             "unknown_rows": totals.unknown_rows,
-            "unknown_usd_at_most": totals.unknown_usd,
+            # Of an attempt that was answered at a cost nobody told, no bound is known.
+            "unknown_usd_at_most": totals.unknown_usd if totals.unknown_cost == totals.unknown_outcomes else None,
             "over_cap": self.over_cap,
             "unplaced": totals.unplaced,
             "unplaced_usd": totals.unplaced_usd,
@@ -152,7 +153,10 @@ class Summary:
         if self.over_cap:
             lines.append(f"over the cap: ${usd_text(self.over_cap)}")
         if (uncounted := totals.unknown_cost - totals.unknown_outcomes) > 0:
-            lines.append(f"unknown cost: {uncounted} attempts whose cost nobody reported; set prices: in the job")
+            lines.append(
+                f"unknown cost: {uncounted} attempts whose cost nobody reported: without prices in the job, or without "
+                "counts of tokens in the answer, it cannot be derived"
+            )
         if totals.unplaced:
             lines.append(
                 f"unplaced: {totals.unplaced} answers (${usd_text(totals.unplaced_usd)}) whose row the input no "

@@ -9,7 +9,7 @@ from typing import Any
 from batchrun.ledger_view import LedgerView, Run
 from batchrun.money import usd_text
 from batchrun.records import Totals
-from batchrun.spend import RunSpend, read_ledger, share, worked_seconds
+from batchrun.spend import RunSpend, asking_seconds, read_ledger, share
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,8 @@ class Trend:
     usd_per_1000_rows: Decimal | None
     failed: int
     rows_per_second: float | None
+    rows_per_second_before: float | None
+    """Of the run before; both by the time in which they asked."""
 
     def document(self) -> dict[str, Any]:
         """The figures of the run before, as plain values; and this run's that are nowhere else."""
@@ -29,7 +31,7 @@ class Trend:
             "usd_spent": self.before.usd_spent,
             "usd_per_1000_rows": self.before.usd_per_1000_rows,
             "failed": self.before.failed,
-            "rows_per_second": _rounded(self.before.rows_per_second),
+            "rows_per_second": _rounded(self.rows_per_second_before),
             "now": {
                 "usd_per_1000_rows": self.usd_per_1000_rows,
                 "rows_per_second": _rounded(self.rows_per_second),
@@ -44,8 +46,8 @@ class Trend:
             change = f" ({now / then - 1:+.0%})" if then else ""
             parts.append(f"per 1,000 rows ${_short(now)} after ${_short(then)}{change}")
         parts.append(f"failed {self.failed} after {self.before.failed}")
-        if self.rows_per_second is not None and self.before.rows_per_second is not None:
-            parts.append(f"rows/s {self.rows_per_second:.1f} after {self.before.rows_per_second:.1f}")
+        if self.rows_per_second is not None and self.rows_per_second_before is not None:
+            parts.append(f"rows/s {self.rows_per_second:.1f} after {self.rows_per_second_before:.1f}")
         return f"beside run {self.before.run_id}: {'; '.join(parts)}"
 
 
@@ -66,15 +68,18 @@ def trend_of(ledger: LedgerView, run: Run, totals: Totals) -> Trend | None:
             break
     else:
         return None
-    seconds = worked_seconds(ledger, run)
-    asked = settled - totals.reused
     return Trend(
         before,
         totals.usd,
-        share(totals.usd * 1000, settled),
+        share(totals.usd * 1000, settled, totals.unknown_cost),
         totals.failed,
-        asked / seconds if asked > 0 and seconds > 0 else None,
+        _rate(settled - totals.reused, asking_seconds(ledger, run.run_id)),
+        _rate(before.settled - before.reused, asking_seconds(ledger, before.run_id)),
     )
+
+
+def _rate(rows: int, seconds: float) -> float | None:
+    return rows / seconds if rows > 0 and seconds > 0 else None
 
 
 def _rounded(value: float | None) -> float | None:

@@ -399,7 +399,7 @@ def test_a_signal_while_it_connects_ends_it(work: Workspace, provide: Provide) -
             2,
             "writes these into its logs",
         ),
-        ({"engine": "ray", "provider": "local", "model": "smollm2-135m"}, 2, "other machines do not reach"),
+        ({"engine": "ray", "provider": "local", "model": "smollm2-135m"}, 2, "set engine: local"),
     ],
     ids=["nobody there", "client", "cpus", "no engine", "local with workers", "secret", "local model"],
 )

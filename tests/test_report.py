@@ -210,6 +210,10 @@ def test_a_run_is_shown_beside_the_one_before(work: Workspace, provide: Provide)
     assert (before["run_id"], before["usd_spent"]) == (first.json["run_id"], first.json["usd_spent"])
     assert f"beside run {first.json['run_id']}: $" in second.stderr
     assert "failed 1 after 0" in second.stderr
+    third: dict[str, Any] = work.run("--json").json["previous"]
+    # What a run said of its own speed is what the next one says of it.
+    assert third["rows_per_second"] == before["now"]["rows_per_second"] > 0
+    assert third["usd_per_1000_rows"] == before["now"]["usd_per_1000_rows"] > 0
 
 
 def test_a_row_and_a_run_are_shown_with_all_that_is_known(work: Workspace, provide: Provide) -> None:

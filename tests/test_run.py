@@ -63,6 +63,9 @@ def test_unknown_cost_is_null_and_counted(work: Workspace, provide: Provide) -> 
     assert result.json["unknown_attempts"] == 2
     assert result.json["usd_spent"] == 0
     assert "2 attempts whose cost nobody reported" in result.stderr
+    assert result.json["unknown_usd_at_most"] is None
+    totals = work.batchrun("report", ".", "--format", "json").json["totals"]
+    assert (totals["usd_unknown_at_most"], totals["usd_per_1000_rows"], totals["usd_per_ok_row"]) == (None, None, None)
 
 
 def test_the_jobs_prices_are_used_where_nothing_is_reported(work: Workspace, provide: Provide) -> None:
