@@ -65,6 +65,7 @@ def write_parquet(
         with appearing(path) as fp, pq.ParquetWriter(fp, schema, compression="zstd") as writer:
             for group in _groups(batches, schema, _GROUP_BYTES):
                 writer.write_table(group, row_group_size=max(1, group.num_rows))
+                del group  # before the next one is made
             writer.add_key_value_metadata({MANIFEST_KEY: manifest()})
     except (OSError, pa.ArrowException) as exc:
         raise _unwritten(path, exc) from exc
@@ -248,6 +249,7 @@ def _write_hidden(folder: AnyPath, schema: pa.Schema, groups: Iterator[pa.Table]
             writer.add_key_value_metadata({PART_KEY: exact_json(parts.label)})
             while group is not None:
                 writer.write_table(group, row_group_size=max(1, group.num_rows))
+                group = None  # before the next one is made
                 group = next(groups, None)
                 # On the disk a group takes no more than in memory, but for a little.
                 if group is not None and fp.tell() + group.nbytes > parts.most_bytes:
