@@ -36,6 +36,11 @@ KEY = "sk-test-4711-secret"
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes minutes begins first: at the end, all would wait for it."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
 @dataclass
 class FakeProvider:
     """A running fake provider, seen through its own log."""

@@ -68,6 +68,7 @@ def test_the_provider_is_kept_busy(tmp_path: Path, concurrency: int, latency: fl
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_million_rows_take_no_more_memory_than_some_thousand_and_are_gone_on_with_at_once(tmp_path: Path) -> None:
     rows, left = 1_000_000, {5, 77_777, 123_456, 200_000, 300_001, 456_789, 600_000, 700_000, 999_990, 999_999}
     small = write_input(tmp_path / "small.csv", 20_000)
