@@ -257,6 +257,9 @@ class _Store:
         self._filesystem = filesystem
         self._inner = inner
         """What the filesystem calls a path."""
+        handler = getattr(filesystem, "handler", None)
+        self._fsspec: Any = handler.fs if handler is not None else None
+        """What of fsspec is behind the filesystem; None where Arrow opens the store itself."""
 
     def info(self, path: str) -> FileInfo:
         from pyarrow.fs import FileType
@@ -273,7 +276,7 @@ class _Store:
     def _refuse_refusal(self, path: str) -> None:
         """Of a web server, fsspec takes whatever is no success for a file that is not there."""
         try:
-            self._filesystem.handler.fs.info(self._inner(path))
+            self._fsspec.info(self._inner(path))
         except FileNotFoundError as exc:
             status = getattr(exc.__cause__, "status", None)
             if exc.__cause__ is not None and status not in _GONE:
@@ -289,8 +292,7 @@ class _Store:
 
     def _mark(self, path: str) -> str:
         """What a store without times says that changes with a file's content."""
-        handler = getattr(self._filesystem, "handler", None)
-        told = _told(lambda: handler.fs.info(self._inner(path))) if handler is not None else {}
+        told = _told(lambda: self._fsspec.info(self._inner(path))) if self._fsspec is not None else {}
         return " ".join(str(value) for name, value in sorted(told.items()) if name.lower() in _MARKS)
 
     def open_input(self, path: str) -> Any:
@@ -300,22 +302,20 @@ class _Store:
         return self._guarded(_told(lambda: self._filesystem.open_output_stream(self._inner(path), compression=None)))
 
     def _guarded(self, fp: Any) -> Any:
-        return _Guarded(fp) if hasattr(self._filesystem, "handler") else fp  # Arrow's own raise OSErrors
+        return _Guarded(fp) if self._fsspec is not None else fp  # Arrow's own raise OSErrors
 
     def move(self, path: str, target: str) -> None:
-        handler = getattr(self._filesystem, "handler", None)
-        if handler is None:
+        if self._fsspec is None:
             _told(lambda: self._filesystem.move(self._inner(path), self._inner(target)))
-        elif _moves(handler.fs):
-            _told(lambda: handler.fs.mv(self._inner(path), self._inner(target)))
+        elif _moves(self._fsspec):
+            _told(lambda: self._fsspec.mv(self._inner(path), self._inner(target)))
         else:
             # Where fsspec moves by its own means, it takes * ? [ in a name for a pattern.
-            _told(lambda: handler.fs.cp_file(self._inner(path), self._inner(target)))
-            _told(lambda: handler.fs.rm_file(self._inner(path)))
+            _told(lambda: self._fsspec.cp_file(self._inner(path), self._inner(target)))
+            _told(lambda: self._fsspec.rm_file(self._inner(path)))
 
     def remove(self, path: str) -> None:
-        handler = getattr(self._filesystem, "handler", None)
-        remove = self._filesystem.delete_file if handler is None else handler.fs.rm_file
+        remove = self._filesystem.delete_file if self._fsspec is None else self._fsspec.rm_file
         _told(lambda: remove(self._inner(path)))
 
     def make_folder(self, path: str) -> None:

@@ -182,11 +182,15 @@ def read_ledger(ledger: LedgerView, *, number: int | None = None) -> Spend:
         ) from exc
 
 
+# What was lost is settled by the next invocation, perhaps days later.
+_LAST_SETTLED = "max(CASE outcome WHEN 'unknown' THEN sent_at ELSE coalesce(settled_at, sent_at) END)"
+
+
 def asking_seconds(ledger: LedgerView, run_id: str) -> float:
     """How long the invocations of a run have asked, each from its beginning to its last answer."""
     (pair,) = ledger.rows(
         "SELECT coalesce(sum(last - started_at), 0) FROM (SELECT started_at, "
-        "max(CASE outcome WHEN 'unknown' THEN sent_at ELSE coalesce(settled_at, sent_at) END) AS last FROM attempt "
+        f"{_LAST_SETTLED} AS last FROM attempt "
         "JOIN invocation USING (invocation) WHERE attempt.run = (SELECT run FROM run WHERE run_id = ?) "
         "GROUP BY invocation)",
         (run_id,),
@@ -230,8 +234,7 @@ def _invocations(ledger: LedgerView, number: int | None) -> Iterable[tuple[int, 
     """With their runs, from the oldest to the newest."""
     last_settled = dict(
         ledger.rows(
-            # What was lost is settled by the next invocation, perhaps days later.
-            "SELECT invocation, max(CASE outcome WHEN 'unknown' THEN sent_at ELSE coalesce(settled_at, sent_at) END) "
+            f"SELECT invocation, {_LAST_SETTLED} "
             "FROM attempt WHERE (run = :number OR :number IS NULL) AND invocation IN "
             "(SELECT invocation FROM invocation WHERE ended_at IS NULL) GROUP BY invocation",
             {"number": number},
