@@ -21,8 +21,9 @@ from batchrun.loading import load_job
 from batchrun.money import exact_json
 from batchrun.plain import plain_column
 from batchrun.plan import Plan
-from batchrun.remote import AnyPath, NoStoreError, RemotePath, check_url, is_url
+from batchrun.remote import AnyPath, RemotePath, check_url, is_url
 from batchrun.spill import Spill
+from batchrun.stores import NoStoreError
 from batchrun.written import Written
 
 

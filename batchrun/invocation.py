@@ -110,8 +110,8 @@ def run(
             )
         current = _choose_run(ledger, options)
         output = plan.output_path(current)
-        parts = plan.parts(current, replaces_any=options.adopt_ledger)
-        check_writable(output, None if options.adopt_ledger else job.name, in_parts=parts is not None)
+        parts = plan.parts(current, adopts=options.adopt_ledger)
+        check_writable(output, plan.replaced(adopts=options.adopt_ledger), in_parts=parts is not None)
         before = Before.of(ledger)
         context = _Context(plan, ledger, current, options, say, watch, stopper, before, deadline)
         ledger.begin_invocation(current, job=job.record(), endpoint=plan.endpoint.identity)
@@ -392,7 +392,7 @@ def _finish(context: _Context, rows: int, ended: _Ended, early: EarlyOutput) -> 
             current,
             output,
             lambda: summary,
-            parts=plan.parts(current, replaces_any=context.options.adopt_ledger),
+            parts=plan.parts(current, adopts=context.options.adopt_ledger),
         )
         ledger.note_output(current)
         summary = replace(with_derived(summary, derivation), output=str(output))

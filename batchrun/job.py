@@ -17,7 +17,7 @@ from pydantic import Field, PrivateAttr, field_validator, model_validator
 from batchrun.errors import JobError, StorageError
 from batchrun.moments import deadline_of
 from batchrun.overrides import at
-from batchrun.remote import AnyPath, NoStoreError, RemotePath, is_url
+from batchrun.remote import AnyPath, RemotePath, is_url
 from batchrun.settings import (
     BudgetSetting,
     EngineSetting,
@@ -34,6 +34,7 @@ from batchrun.settings import (
     plain_numbers,
     shown_value,
 )
+from batchrun.stores import NoStoreError
 
 _REFUSED_PARAMETERS = {
     "model": "the key `model` of the job",

@@ -209,7 +209,7 @@ def rewrite(
     """Write the output of a run, or some columns of it to another file, from what the ledger holds of it.
 
     Args:
-        adopts: that of another job of batchrun's may be replaced.
+        adopts: that of another job may be replaced.
     """
     ledger.refuse_pruned(run, "be exported any more")
     plan = Plan.to_read(job.with_shape_of(known.job), known.endpoint)
@@ -225,8 +225,8 @@ def rewrite(
     summary = replace(summarise(plan, ledger, run, rows), output=str(output), reason=known.reason)
     parts = None
     if to is None:
-        parts = plan.parts(run, replaces_any=adopts)
-        check_owned(output, None if adopts else job.name, in_parts=parts is not None)
+        parts = plan.parts(run, adopts=adopts)
+        check_owned(output, plan.replaced(adopts=adopts), in_parts=parts is not None)
     derivation = write_output(plan, ledger, run, output, lambda: summary, names=names, parts=parts)
     if to is None:
         ledger.note_output(run)

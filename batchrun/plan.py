@@ -132,12 +132,16 @@ class Plan:
         path = self.job.place_of(self.job.output.path.format(run_id=run.run_id, date=started.strftime("%Y-%m-%d")))
         return self.refuse_own(path, "output")
 
-    def parts(self, run: Run, *, replaces_any: bool = False) -> Parts | None:
-        """How the output is written, if it is a folder. `replaces_any`: that of another job of batchrun's, too."""
+    def replaced(self, *, adopts: bool) -> str | None:
+        """The job whose output may be replaced; None for any job. `adopts`: this job was another one."""
+        return None if adopts else self.job.name
+
+    def parts(self, run: Run, *, adopts: bool) -> Parts | None:
+        """How the output is written, if it is a folder. `adopts`: see `replaced`."""
         most = self.job.output.part_mb
         if most is None:
             return None
-        return Parts(most * 1_000_000, {"job": self.job.name, "run_id": run.run_id}, replaces_any)
+        return Parts(most * 1_000_000, {"job": self.job.name, "run_id": run.run_id}, self.replaced(adopts=adopts))
 
     def refuse_own(self, path: AnyPath, where: str) -> AnyPath:
         """A path that is to be written to, if nothing of the job stands there. `where`: what names it.

@@ -42,12 +42,12 @@ class Parts:
     Attributes:
         most_bytes: of a part; only a single row may be longer.
         label: what the parts say of themselves: the job and the run.
-        replaces_any: those of another job may stand there before.
+        replaces: the job whose parts may stand there before; None for any job.
     """
 
     most_bytes: int
     label: dict[str, str]
-    replaces_any: bool = False
+    replaces: str | None
 
 
 def write_parquet(
@@ -90,7 +90,7 @@ def write_parts(
             written = list(_write_hidden(folder, schema, _groups(batches, schema, most), parts))
             told = {**parse_json(manifest()), "parts": [part_name(number) for number in range(len(written))]}
             # Since the check before the run, another process may have come to the same folder.
-            check_owned(folder, None if parts.replaces_any else parts.label["job"], in_parts=True)
+            check_owned(folder, parts.replaces, in_parts=True)
         except BaseException:
             for beside in _hidden_parts(folder):
                 beside.unlink(missing_ok=True)
@@ -132,11 +132,11 @@ def check_schema(schema: pa.Schema) -> None:
             ) from None
 
 
-def check_writable(path: AnyPath, job_name: str | None, *, in_parts: bool) -> None:
+def check_writable(path: AnyPath, replaces: str | None, *, in_parts: bool) -> None:
     """Find out before anything is sent whether the output can be written.
 
     Args:
-        job_name: whose output may stand there already; None for that of any job.
+        replaces: the job whose output may stand there already; None for any job.
         in_parts: it is a folder.
 
     Raises:
@@ -164,14 +164,14 @@ def check_writable(path: AnyPath, job_name: str | None, *, in_parts: bool) -> No
         moved.unlink()
     except (OSError, RuntimeError) as exc:  # the latter for links that lead round in a circle
         raise StorageError(f"the output {path} cannot be written: {getattr(exc, 'strerror', None) or exc}") from exc
-    check_owned(path, job_name, in_parts=in_parts)
+    check_owned(path, replaces, in_parts=in_parts)
 
 
-def check_owned(path: AnyPath, job_name: str | None, *, in_parts: bool) -> None:
+def check_owned(path: AnyPath, replaces: str | None, *, in_parts: bool) -> None:
     """Refuse to replace what is not the job's.
 
     Args:
-        job_name: see `check_writable`.
+        replaces: see `check_writable`.
 
     Raises:
         StorageError: it cannot be read.
@@ -197,7 +197,7 @@ def check_owned(path: AnyPath, job_name: str | None, *, in_parts: bool) -> None:
                 else f"the output {path} is there already, and batchrun has not written it, or it is damaged: name "
                 "another file, or remove it"
             )
-        if job_name is not None and writer != job_name:
+        if replaces is not None and writer != replaces:
             raise JobError(
                 f"the output {path} is that of the job {writer!r}: name another output; or, if this is that job under "
                 f"a new file name, set `name: {writer}` and add --adopt-ledger, so that its answers are not paid for "

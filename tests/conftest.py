@@ -25,7 +25,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from .fake_provider import SONNET as SONNET
-from .forked import Forks
+from .forked import Fork, Forks
 
 settings.register_profile("batchrun", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 settings.load_profile("batchrun")
@@ -45,7 +45,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 class FakeProvider:
     """A running fake provider, seen through its own log."""
 
-    process: subprocess.Popen[str]
+    process: Fork
     port: int
     log: Path
 
@@ -80,9 +80,6 @@ class FakeProvider:
 
     def stop(self) -> None:
         self.process.kill()
-        self.process.wait()
-        assert self.process.stdout is not None
-        self.process.stdout.close()
 
 
 @dataclass
@@ -233,12 +230,13 @@ def fake_providers(folder: Path) -> Iterator[Callable[..., FakeProvider]]:
 
     def start(**options: Any) -> FakeProvider:
         log = folder / f"provider-{len(started)}.jsonl"
-        script = Path(__file__).with_name("fake_provider.py")
-        process = subprocess.Popen(
-            [sys.executable, str(script), str(log), json.dumps(options)], stdout=subprocess.PIPE, text=True
-        )
-        assert process.stdout is not None
-        provider = FakeProvider(process, int(process.stdout.readline()), log)
+        out, err = log.with_suffix(".out"), log.with_suffix(".err")
+        process = forks().start_function("tests.fake_provider:serve", out, err, log=str(log), options=options)
+        deadline = time.monotonic() + 30
+        while not (said := out.read_text() if out.exists() else "").endswith("\n"):
+            assert process.is_alive and time.monotonic() < deadline, f"no provider: {err.read_text()}"
+            time.sleep(0.002)
+        provider = FakeProvider(process, int(said), log)
         started.append(provider)
         return provider
 

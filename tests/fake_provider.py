@@ -402,8 +402,13 @@ def digest_of(body: dict[str, Any]) -> bytes:
     return blake2b(json.dumps(body, sort_keys=True).encode(), digest_size=12).digest()
 
 
-async def main() -> None:
-    provider = Provider(sys.argv[1], json.loads(sys.argv[2]))
+def serve(log: str, options: dict[str, Any]) -> None:
+    """Serve until the process ends."""
+    with contextlib.suppress(KeyboardInterrupt):
+        asyncio.run(_serve(Provider(log, options)))
+
+
+async def _serve(provider: Provider) -> None:
     port = provider.options.get("port", 0)
     server = await asyncio.start_server(provider.connected, "127.0.0.1", port, limit=2**22, backlog=2048)
     print(server.sockets[0].getsockname()[1], flush=True)
@@ -412,5 +417,4 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(main())
+    serve(sys.argv[1], json.loads(sys.argv[2]))

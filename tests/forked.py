@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -32,17 +33,18 @@ class Fork:
         """Kill it, unless it has ended by itself; afterwards it is gone."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGKILL)
-        while _is_alive(self.pid):
+        while self.is_alive:
             time.sleep(0.002)
 
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    stat = Path(f"/proc/{pid}/stat")
-    return not (stat.exists() and stat.read_text().rpartition(")")[2].split()[0] == "Z")
+    @property
+    def is_alive(self) -> bool:
+        """False once it has ended."""
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return False
+        stat = Path(f"/proc/{self.pid}/stat")
+        return not (stat.exists() and stat.read_text().rpartition(")")[2].split()[0] == "Z")
 
 
 class Forks:
@@ -66,10 +68,17 @@ class Forks:
 
     def start(self, args: tuple[str, ...], cwd: Path, env: dict[str, str]) -> Fork:
         """Start the command line, to be killed."""
+        return self._start({"args": args, "cwd": str(cwd), "env": env, "out": os.devnull, "err": os.devnull})
+
+    def start_function(self, target: str, out: Path, err: Path, **arguments: Any) -> Fork:
+        """Start a function, as for `function`, to be killed. `out`, `err`: where what it prints goes."""
+        said = {"cwd": ".", "env": dict(os.environ), "out": str(out), "err": str(err)}
+        return self._start({"target": target, "arguments": arguments, **said})
+
+    def _start(self, call: dict[str, Any]) -> Fork:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        call = {"args": args, "cwd": str(cwd), "env": env, "out": os.devnull, "err": os.devnull, "is_free": True}
-        self._process.stdin.write(json.dumps(call) + "\n")
+        self._process.stdin.write(json.dumps(call | {"is_free": True}) + "\n")
         self._process.stdin.flush()
         return Fork(int(self._process.stdout.readline()))
 
@@ -98,6 +107,9 @@ def _serve() -> None:
     import batchrun.reconcile
     import batchrun.verify  # noqa: F401
 
+    from . import fake_provider  # noqa: F401
+
+    gc.freeze()  # else the first collection of each fork would copy what they share
     for line in sys.stdin:
         call = json.loads(line)
         if "is_free" in call:

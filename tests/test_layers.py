@@ -8,8 +8,9 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "batchrun"
 
 FLOORS = [
-    {"errors", "usage", "sse", "columns", "uniqueness", "documents", "form", "inflate", "scrub", "remote"}
+    {"errors", "usage", "sse", "columns", "uniqueness", "documents", "form", "inflate", "scrub", "stores"}
     | {"sandbox", "tables", "evidence", "hook", "spill", "palette"},
+    {"remote"},
     {
         "money",
         "moments",
@@ -116,7 +117,7 @@ def test_only_one_room_knows_each_outside_thing() -> None:
         "genai_prices": {"price_sources"},
         "sklearn": {"intervals"}, "scipy": {"intervals"}, "numpy": {"intervals"}, "regex": {"scores"},
         "altair": {"report_charts"}, "vl_convert": {"report_charts"},
-        "ray": {"cluster"}, "fsspec": {"remote"},
+        "ray": {"cluster"}, "fsspec": {"stores"},
         "json_repair": {"tolerant"}, "jsonschema_rs": {"schemas"},
     }  # fmt: skip
     users: dict[str, set[str]] = {name: set() for name in owners}

@@ -29,7 +29,7 @@ import pytest
 from pyarrow.fs import FileSelector, S3FileSystem
 
 import batchrun
-from batchrun import remote, sink
+from batchrun import sink, stores
 from batchrun.errors import StorageError
 from batchrun.remote import RemotePath, check_url
 from batchrun.sink import Parts, check_writable, write_parquet, write_parts
@@ -662,7 +662,7 @@ def test_outputs_in_a_store_of_fsspec() -> None:
     assert written is not None
     assert (written.manifest, written.rows, written.schema.names) == ({"run_id": "r"}, 3, ["x"])
     folder = RemotePath.of("memory://store/deep/parts")
-    write_parts(folder, schema, batches, lambda: '{"run_id": "r"}', Parts(10**6, {"job": "j", "run_id": "r"}))
+    write_parts(folder, schema, batches, lambda: '{"run_id": "r"}', Parts(10**6, {"job": "j", "run_id": "r"}, "j"))
     again = Written.at(folder)
     assert again is not None
     assert [batch.to_pydict() for batch in again.batches(10)] == [{"x": [1, 2, 3]}]
@@ -691,7 +691,7 @@ def test_parts_of_two_jobs_in_one_folder_are_never_mixed() -> None:
     folder = RemotePath.of("memory://store/shared")
 
     def write(job: str, manifest: Callable[[], str]) -> None:
-        write_parts(folder, schema, batches, manifest, Parts(10**6, {"job": job, "run_id": "r"}))
+        write_parts(folder, schema, batches, manifest, Parts(10**6, {"job": job, "run_id": "r"}, job))
 
     def meanwhile() -> str:
         """The other one writes its parts hidden, too, and has not shown them yet."""
@@ -715,7 +715,7 @@ def test_a_store_that_cannot_move_is_told_before_anything_is_sent(monkeypatch: p
         raise NotImplementedError("move")
 
     path = RemotePath.of("memory://unmoved/out.parquet")
-    monkeypatch.setattr(type(path._store), "move", lambda *args: remote._told(no))
+    monkeypatch.setattr(type(path._store), "move", lambda *args: stores._told(no))
     with pytest.raises(StorageError, match=r"cannot be written: NotImplementedError: move"):
         check_writable(path, "j", in_parts=False)
 
@@ -723,7 +723,7 @@ def test_a_store_that_cannot_move_is_told_before_anything_is_sent(monkeypatch: p
 def test_what_a_store_does_not_show_is_not_taken_for_nobodys(monkeypatch: pytest.MonkeyPatch) -> None:
     schema = pa.schema([("x", pa.int64())])
     folder = RemotePath.of("memory://shy")
-    parts = Parts(10**6, {"job": "j", "run_id": "r"})
+    parts = Parts(10**6, {"job": "j", "run_id": "r"}, "j")
     write_parts(folder, schema, [], lambda: '{"job": "j"}', parts)
 
     def refused(*args: Any) -> None:
