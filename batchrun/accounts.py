@@ -273,16 +273,13 @@ def totals(ledger: LedgerView, run: Run) -> Totals:
     standing = ledger.standing_sql(run)
     (faults,) = ledger.rows("SELECT 'not_rendered', count(*), min(error) FROM row_fault WHERE run = ?", (run.run,))
     by_source = ledger.rows(
-        f"SELECT cost_source, {_USD} FROM charged WHERE run = ? AND outcome IS NOT NULL AND cost_source IS NOT NULL "
+        f"SELECT cost_source, max(CASE outcome WHEN 'ok' THEN latency_us END), {_USD}, sum(usd_pico IS NULL), "
+        "coalesce(sum(prompt_tokens), 0), coalesce(sum(completion_tokens), 0), coalesce(sum(total_tokens), 0), "
+        "coalesce(sum(cached_tokens), 0), count(*) FROM charged WHERE run = ? AND outcome IS NOT NULL "
         "GROUP BY cost_source ORDER BY cost_source",
         (run.run,),
     )
-    (sums,) = ledger.rows(
-        f"SELECT {_USD}, coalesce(sum(usd_pico IS NULL), 0), coalesce(sum(prompt_tokens), 0), "
-        "coalesce(sum(completion_tokens), 0), coalesce(sum(total_tokens), 0), coalesce(sum(cached_tokens), 0), "
-        "count(*), max(CASE outcome WHEN 'ok' THEN latency_us END) FROM charged WHERE run = ? AND outcome IS NOT NULL",
-        (run.run,),
-    )
+    sums = [sum(source[place] for source in by_source) for place in range(2, 10)]
     never_came = "FROM charged WHERE run = ? AND outcome = 'unknown' AND usd_pico IS NULL"
     (unknown,) = ledger.rows(
         f"SELECT count(*), {_RESERVED}, coalesce(sum(reserved_pico IS NULL), 0) {never_came}", (run.run,)
@@ -307,13 +304,15 @@ def totals(ledger: LedgerView, run: Run) -> Totals:
         "AND charged.sample = reused.sample AND charged.key = reused.key WHERE reused.run = ? AND outcome = 'ok'",
         (run.run,),
     )
-    failures = ledger.rows(
-        "SELECT error_kind, count(*), min(error) FROM ("
-        "SELECT at, model, sample, max(attempt_id) AS attempt_id, max(outcome = 'ok') AS ok "
-        f"FROM ({standing}) GROUP BY at, model, sample) "
-        "JOIN attempt USING (attempt_id) WHERE attempt.final AND NOT ok GROUP BY error_kind ORDER BY 2 DESC",
-        everywhere(run),
-    )
+    failures = []
+    if failed > faults[1]:
+        failures = ledger.rows(
+            "SELECT error_kind, count(*), min(error) FROM ("
+            "SELECT at, model, sample, max(attempt_id) AS attempt_id, max(outcome = 'ok') AS ok "
+            f"FROM ({standing}) GROUP BY at, model, sample) "
+            "JOIN attempt USING (attempt_id) WHERE attempt.final AND NOT ok GROUP BY error_kind ORDER BY 2 DESC",
+            everywhere(run),
+        )
     flags: dict[str, int] = {}
     for names, number in ledger.rows(
         "SELECT flags, count(*) FROM attempt WHERE run = ? AND outcome = 'ok' AND flags IS NOT NULL GROUP BY flags",
@@ -325,7 +324,7 @@ def totals(ledger: LedgerView, run: Run) -> Totals:
         ok=ok,
         failed=failed,
         usd=from_pico(summed(*sums[:2])),
-        usd_by_source={source: from_pico(summed(high, low)) for source, high, low in by_source},
+        usd_by_source={source: from_pico(summed(high, low)) for source, _, high, low, *_ in by_source if source},
         unknown_cost=sums[2],
         unknown_outcomes=unknown[0],
         unknown_rows=unknown_rows,
@@ -345,5 +344,5 @@ def totals(ledger: LedgerView, run: Run) -> Totals:
         failures=[*((kind or "", number, error or "") for kind, number, error in failures),
                   *([faults] if faults[1] else [])],
         flags=dict(sorted(flags.items())),
-        slowest_seconds=seconds(sums[8]),
+        slowest_seconds=seconds(max((slowest for _, slowest, *_ in by_source if slowest is not None), default=None)),
     )  # fmt: skip

@@ -21,6 +21,7 @@ from batchrun.money import LOCAL, NOT_BILLED, UNKNOWN, Cost
 from batchrun.prices import Pricing, is_plausible
 from batchrun.providers import Endpoint
 from batchrun.records import Action, Answer, Exchange, Failure, Intent
+from batchrun.stored import NOTHING, Packer
 from batchrun.transport import Transport
 from batchrun.wire import AnswerReader
 
@@ -65,6 +66,7 @@ class Chat:
         self._timeout_seconds = timeout_seconds
         self._max_bytes = max_response_bytes
         self._streamed = streamed
+        self._packer = Packer()
         # Shorter than the whole: a connection that was never made must be known as such.
         connect_seconds = min(_CONNECT_SECONDS, 0.9 * timeout_seconds)
         self._transport = transport or Transport(
@@ -158,6 +160,7 @@ class Chat:
     def _exchange(self, reception: _Reception) -> Exchange:
         received = b"".join(reception.pieces)
         raw = self._scrubber.raw(received)
+        body = self._packer.pack(raw) if reception.status is not None else NOTHING
         now = asyncio.get_running_loop().time()
         first = reception.first_token
 
@@ -183,7 +186,7 @@ class Chat:
             # An HTTP error answer is not billed, even if the connection broke while it came.
             failure = self._scrubbed(read_failure(reception.status, reception.headers, raw))
             return exchange(
-                "failed", body=raw, failure=failure, cost=NOT_BILLED, request_id=request_id or failure.request_id
+                "failed", body=body, failure=failure, cost=NOT_BILLED, request_id=request_id or failure.request_id
             )
         if raw != received:
             # The server has echoed a secret: what is kept is what is read.
@@ -197,7 +200,7 @@ class Chat:
                 return exchange("failed", failure=_TOLD_SECRET, usage=result.usage, cost=cost, request_id=request_id)
             return exchange(
                 "ok",
-                body=raw,
+                body=body,
                 answer=result,
                 usage=result.usage,
                 cost=cost,
@@ -207,7 +210,7 @@ class Chat:
         never_came = result is reception.broke or result.kind == "incomplete_stream"
         return exchange(
             "unknown" if never_came else "failed",
-            body=raw,
+            body=body,
             failure=self._scrubbed(result),
             usage=reader.usage,
             cost=_failed_cost(reader),

@@ -143,6 +143,8 @@ class Derivation:
             arrays += self._structure.arrays(parsed)
             values = [self._compared(answer.value) for answer in parsed]
             self._count(parsed)
+        if self._setting is None and not self._votes:
+            return arrays
         votes = [vote(values[start : start + self._group]) for start in range(0, len(values), self._group)]
         if self._votes:
             arrays += self._vote_arrays(votes)

@@ -37,7 +37,6 @@ from batchrun.ledger_view import (
     LedgerView,
     Run,
     attempt_seal,
-    digest,
     everywhere,
     log_of,
     seal,
@@ -60,6 +59,7 @@ from batchrun.records import (
     now_us,
     utc,
 )
+from batchrun.stored import NOTHING
 
 _ROOM_PER_ANSWER = 128 * 1024
 _LEAST_ROOM = 1024 * 1024
@@ -79,7 +79,6 @@ class Ledger(LedgerView):
         self._files = {file: _identity(file) for file in (path, lock_path(path)) if file.exists()}
         self._reserve = path.with_name(f"{path.name}.reserve")
         self._next_attempt = 1 + (self._value("SELECT max(attempt_id) FROM attempt") or 0)
-        self._compressor = zstandard.ZstdCompressor(level=3)
         self._invocation = 0
         self.is_dirty = False
         """True if commits since the last `sync` would be lost with the power."""
@@ -378,13 +377,9 @@ class Ledger(LedgerView):
                 self._db.executemany(
                     "INSERT INTO answer (attempt_id, size, body) VALUES (?, ?, ?)",
                     [
-                        (
-                            settlement.intent.attempt_id,
-                            len(settlement.exchange.body),
-                            self._compressor.compress(settlement.exchange.body),
-                        )
+                        (settlement.intent.attempt_id, settlement.exchange.body.size, settlement.exchange.body.packed)
                         for settlement in settlements
-                        if settlement.exchange.body
+                        if settlement.exchange.body.size
                     ],
                 )
                 self._note_repairs(run, settlements)
@@ -483,7 +478,7 @@ class Ledger(LedgerView):
         with self._transaction():
             self._db.execute(
                 "INSERT OR REPLACE INTO price_list VALUES (?, ?, ?, ?)",
-                (url, etag, now_us(), self._compressor.compress(body)),
+                (url, etag, now_us(), zstandard.compress(body)),
             )
 
     def take_billed(self, lines: Iterable[tuple[int, str, str, Decimal]]) -> int:
@@ -529,7 +524,7 @@ class Ledger(LedgerView):
             held_pico=settlement.held_pico,
             settled_after=settlement.settled_after,
         )
-        sealed = attempt_seal(self._intended(run, settlement.intent), values, digest(settlement.exchange.body))
+        sealed = attempt_seal(self._intended(run, settlement.intent), values, settlement.exchange.body.digest)
         return (*values, sealed, settlement.intent.attempt_id)
 
     def _count(self, run: Run, intents: int, seals: Sequence[int]) -> None:
@@ -577,7 +572,7 @@ class Ledger(LedgerView):
                 values = _outcome(
                     never_came, now_us(), is_final=False, held_pico=None, settled_after=self.newest_attempt
                 )
-                sealed = attempt_seal(intended, values, digest(b""))
+                sealed = attempt_seal(intended, values, NOTHING.digest)
                 self._db.execute(_SETTLE, (*values, sealed, intended[0]))
                 self._count(Run(intended[1], "", 0, "", is_new=False), 0, [sealed])
 

@@ -674,8 +674,3 @@ def attempt_seal(intended: Sequence[Any], settled: Sequence[Any], answered: str)
     # What is no repair is sealed as it was before there were any.
     repaired = (repair, repair_key) if repair else ()
     return seal((*first, *repaired, *settled, answered))
-
-
-def digest(body: bytes) -> str:
-    """What of an answer's body goes into its attempt's seal."""
-    return blake2b(body, digest_size=16).hexdigest()

@@ -121,7 +121,7 @@ class Worker:
                 await asyncio.sleep(GATHERED_SECONDS)
         size = count = 0
         while count < len(self._found) and size < _MOST_FOUND_BYTES:
-            size += len(self._found[count][1].body)
+            size += self._found[count][1].body.size
             count += 1
         packed = pickle.dumps(self._found[:count], pickle.HIGHEST_PROTOCOL)
         del self._found[:count]

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import zstandard
 
 from batchrun.ledger import Ledger
-from batchrun.ledger_view import Run, digest, storage
+from batchrun.ledger_view import Run, storage
 from batchrun.records import now_us
+from batchrun.stored import digest
 
 _PRUNED_AT_ONCE = 1000
 _FREE_SHARE = 50

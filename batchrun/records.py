@@ -15,6 +15,7 @@ from enum import Enum
 from typing import NamedTuple
 
 from batchrun.money import UNKNOWN, Cost
+from batchrun.stored import NOTHING, Stored
 from batchrun.usage import Usage
 
 CLOCK: ContextVar[Callable[[], float]] = ContextVar("CLOCK", default=time.time)
@@ -160,13 +161,13 @@ class Exchange(NamedTuple):
     Attributes:
         outcome: `ok`; `failed` (the provider or the connection said so); `unknown` (no answer came, and the
             provider may have done the work).
-        body: the raw answer as it arrived, decoded from any content encoding.
+        body: the raw answer as it arrived, decoded from any content encoding; as the ledger keeps it.
         latency_seconds: from the request to the end of the answer.
     """
 
     outcome: str
     status: int | None = None
-    body: bytes = b""
+    body: Stored = NOTHING
     streamed: bool = False
     answer: Answer | None = None
     failure: Failure | None = None

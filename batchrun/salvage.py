@@ -27,7 +27,6 @@ from batchrun.ledger_view import (
     SEAL_MASK,
     SETTLEMENT_COLUMNS,
     attempt_seal,
-    digest,
     log_of,
     same_group,
     seal,
@@ -35,6 +34,7 @@ from batchrun.ledger_view import (
 )
 from batchrun.migrations import create
 from batchrun.records import now_us
+from batchrun.stored import digest
 
 _BESIDE = ("-wal", "-shm")
 _SMALLEST_ROW = 64

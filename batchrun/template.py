@@ -138,7 +138,11 @@ class Template:
             raise JobError("\n".join(["the prompt does not fit the input:", *(f"  {fault}" for fault in self._faults)]))
         self.columns = [name for name in columns if name in self._used]
         self._compiled: _Requests | None = None
-        self._asked = _asked(self._messages)
+        # A text that is never blank need not be looked at in every row.
+        least = [render.text if isinstance(render, Filling) else "" for render in self._renders]
+        asked = _asked(self._messages)
+        self._asked = asked if all(_is_blank(filled(content, least)) for content in asked) else []
+        """What may be blank in a row."""
         if prompt.messages_column is None and not any(has_holes(message.get("role")) for message in self._messages):
             try:
                 self._compiled = self._requests(self._messages)
@@ -195,6 +199,8 @@ class Template:
         written = sum(columns[name].nbytes for filling in self._fillings for name in filling.names)
         if written > MOST_OUTPUT or not all(map(_always_has_text, columns.values())):
             return False
+        if not self._asked:
+            return True
         shown = {name for name in names if not _has_blank(columns[name])}
         try:
             _refuse_blank(self._asked, [filling.text + "x" * (not shown.isdisjoint(filling.names))

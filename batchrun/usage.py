@@ -135,4 +135,6 @@ def settle(usage: Usage) -> Usage:
     total = usage.total_tokens
     if prompt is not None and usage.completion_tokens is not None:
         total = max(total or 0, prompt + usage.completion_tokens)
+    if prompt == usage.prompt_tokens and total == usage.total_tokens:
+        return usage
     return usage._replace(prompt_tokens=prompt, total_tokens=total)

@@ -24,13 +24,13 @@ from batchrun.ledger_view import (
     LedgerView,
     Run,
     attempt_seal,
-    digest,
     seal,
 )
 from batchrun.money import COST_SOURCES, exact_json, from_pico, to_pico, usd_text
 from batchrun.plan import Plan
 from batchrun.records import Answer
 from batchrun.remote import AnyPath
+from batchrun.stored import digest
 from batchrun.wire import read_answer
 from batchrun.written import Written
 

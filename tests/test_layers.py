@@ -8,7 +8,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "batchrun"
 
 FLOORS = [
-    {"errors", "usage", "sse", "columns", "uniqueness", "documents", "form", "inflate", "scrub", "stores"}
+    {"errors", "usage", "sse", "columns", "uniqueness", "documents", "form", "inflate", "scrub", "stores", "stored"}
     | {"sandbox", "tables", "evidence", "hook", "spill", "palette"},
     {"remote"},
     {

@@ -46,7 +46,7 @@ class Server:
         self.asked.append((loop.time(), prompt + self._completion, intent.request.slot.row_index))
         await asyncio.sleep(self._latency)
         usage = Usage(prompt, self._completion, prompt + self._completion)
-        return Exchange("ok", status=200, body=b"{}", answer=Answer("x", "stop"), usage=usage, cost=CHEAP)
+        return Exchange("ok", status=200, answer=Answer("x", "stop"), usage=usage, cost=CHEAP)
 
     def most_in_a_minute(self, weight: Callable[[int], int], after: float = 0.0, minute: float = 60.0) -> int:
         """Requests, or tokens, in the minute that had most of them."""
