@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from itertools import groupby
 from typing import Any
 
 import pyarrow as pa
@@ -112,17 +111,18 @@ class Results:
         """The result columns of input rows `start` ≤ index < `start + rows`, a row per slot.
 
         Args:
+            attempts: as `LedgerView.standing` gives them.
             faults: why slots cannot be asked.
             unrepaired: slots that are to be asked again, because their answers do not fit.
         """
-        by_slot = self._by_slot(attempts)
-        waiting = next(by_slot, None)
+        left = iter(attempts)
+        attempt = next(left, None)
         records = []
         for row_index in range(start, start + rows):
             of_row: dict[Slot, list[StandingAttempt]] = {}
-            while waiting is not None and waiting[0].row_index <= row_index:
-                of_row[waiting[0]] = waiting[1]
-                waiting = next(by_slot, None)
+            while attempt is not None and attempt.slot.row_index <= row_index:
+                of_row.setdefault(attempt.slot, []).append(attempt)
+                attempt = next(left, None)
             # Attempts of another model than the job's have no row here.
             records += [
                 self._record(slot, of_row.get(slot, []), faults.get(slot), slot in unrepaired)
@@ -133,11 +133,6 @@ class Results:
             name = field.name.removeprefix(self._prefix)
             columns.append(build([record.get(name) for record in records], field.type))
         return pa.RecordBatch.from_arrays(columns, schema=self.schema), list(map(_outcome, records))
-
-    @staticmethod
-    def _by_slot(attempts: Iterable[StandingAttempt]) -> Iterator[tuple[Slot, list[StandingAttempt]]]:
-        for slot, of_slot in groupby(attempts, key=lambda attempt: attempt.slot):
-            yield slot, list(of_slot)
 
     def _record(
         self, slot: Slot, attempts: list[StandingAttempt], fault: str | None, is_unrepaired: bool

@@ -352,7 +352,7 @@ class LedgerView:
         }
 
     def standing(self, run: Run, start: int, stop: int) -> Iterator[StandingAttempt]:
-        """Settled attempts of the slots in rows `start` ≤ index < `stop`, slot by slot, oldest first."""
+        """Settled attempts of the slots in rows `start` ≤ index < `stop`, row by row, oldest first."""
         decompress = zstandard.ZstdDecompressor().decompress
         with storage(self.path):
             rows = self._db.execute(
@@ -362,7 +362,7 @@ class LedgerView:
                     reasoning_tokens, usd_pico, cost_source, request_id, latency_us, first_token_us, streamed, flags,
                     CASE outcome WHEN 'ok' THEN body END, is_reused
                 FROM ({self.standing_sql(run)}) AS standing LEFT JOIN answer USING (attempt_id)
-                ORDER BY at, model, sample, standing.attempt_id
+                ORDER BY at, standing.attempt_id
                 """,
                 {"run": run.run, "start": start, "stop": stop},
             )

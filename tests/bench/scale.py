@@ -16,10 +16,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent.parent))
 
-from tests.bench.measure import REVIEW, Measured, Stub, measured, stub, write_input, write_job  # noqa: E402
+from tests.bench.measure import REVIEW, Measured, Stub, measured, stub, write_job  # noqa: E402
 
 KEYS = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "y", "AWS_REGION": "us-east-1"}
 BATCHRUN = [sys.executable, "-m", "batchrun"]
@@ -53,7 +56,9 @@ def head(folder: Path, rows: int) -> None:
 
 
 def once(folder: Path, server: Stub, rows: int, keys: dict[str, Any]) -> tuple[Measured, int]:
-    job = write_job(folder, write_input(folder / "in.csv", rows), 256, **keys)
+    source = folder / "in.parquet"
+    write_reviews(source, rows)
+    job = write_job(folder, source, 256, **keys)
     found = measured([*BATCHRUN, str(job), "--quiet"], server, folder / "log")
     assert found.requests == rows, found
     return found, (folder / "job.ledger.sqlite").stat().st_size
@@ -79,10 +84,17 @@ def cluster(server: Stub) -> Iterator[str]:
         process.wait(60)
 
 
+def write_reviews(sink: Any, rows: int) -> None:
+    """Prompts of about 500 bytes, as Parquet."""
+    with pq.ParquetWriter(sink, pa.schema([("id", pa.int64()), ("review", pa.string())])) as writer:
+        for start in range(0, rows, 50_000):
+            numbers = range(start, min(rows, start + 50_000))
+            texts = [f"Review {number}: {REVIEW}" for number in numbers]
+            writer.write_table(pa.table({"id": pa.array(numbers, pa.int64()), "review": texts}))
+
+
 def store(folder: Path, rows: int) -> None:
     """From an object to an object, and to parts."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
     from pyarrow.fs import S3FileSystem
 
     with subprocess.Popen(
@@ -94,11 +106,7 @@ def store(folder: Path, rows: int) -> None:
         fs = S3FileSystem(endpoint_override=endpoint, allow_bucket_creation=True, region="us-east-1")
         fs.create_dir("reviews")
         sink = io.BytesIO()
-        with pq.ParquetWriter(sink, pa.schema([("id", pa.int64()), ("review", pa.string())])) as writer:
-            for start in range(0, rows, 50_000):
-                numbers = range(start, min(rows, start + 50_000))
-                texts = [f"Review {number}: {REVIEW}" for number in numbers]
-                writer.write_table(pa.table({"id": pa.array(numbers, pa.int64()), "review": texts}))
+        write_reviews(sink, rows)
         with fs.open_output_stream("reviews/in.parquet") as fp:
             fp.write(sink.getvalue())
         del sink
