@@ -64,7 +64,7 @@ def stub(folder: Path, *, is_tls: bool = False, **options: Any) -> Iterator[Stub
         options["certificate"] = str(folder / "server.pem")
     command = [sys.executable, str(HERE / "stub.py"), json.dumps(options)]
     with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=_pinned(-1)
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=pinned(-1)
     ) as process:
         assert process.stdin is not None
         assert process.stdout is not None
@@ -89,7 +89,7 @@ def measured(command: Sequence[str], server: Stub, log: Path, code: int = 0) -> 
         told = log.with_name(f"{log.name}.used")
         subprocess.run(
             [sys.executable, "-S", str(USED), str(told), *command], stdout=fp, stderr=fp, check=True,
-            stdin=subprocess.DEVNULL, preexec_fn=_pinned(0),
+            stdin=subprocess.DEVNULL, preexec_fn=pinned(0),
             env={**os.environ, **trusted, "STUB": server.base_url, "STUB_KEY": "sk-stub"},
         )  # fmt: skip
         wall = time.monotonic() - began
@@ -141,7 +141,7 @@ def write_job(folder: Path, source: Path, concurrency: int, **keys: Any) -> Path
     return path
 
 
-def _pinned(place: int) -> Any:
+def pinned(place: int) -> Any:
     """To be called in the child: keep it on one of the cores that there are."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     return (lambda: os.sched_setaffinity(0, {cores[place]})) if len(cores) > 1 else None

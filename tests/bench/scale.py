@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent.parent))
 
-from tests.bench.measure import REVIEW, Measured, Stub, measured, stub, write_job  # noqa: E402
+from tests.bench.measure import REVIEW, Measured, Stub, measured, pinned, stub, write_job  # noqa: E402
 
 KEYS = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "y", "AWS_REGION": "us-east-1"}
 BATCHRUN = [sys.executable, "-m", "batchrun"]
@@ -71,10 +71,10 @@ def nothing() -> Iterator[None]:
 
 @contextmanager
 def cluster(server: Stub) -> Iterator[str]:
-    """The address of a cluster of one node."""
+    """The address of a cluster of one node, which leaves the head's core to the head, as one on other machines does."""
     with subprocess.Popen(
         [sys.executable, str(HERE.with_name("cluster.py")), "1", "2"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL, text=True,
+        stderr=subprocess.DEVNULL, text=True, preexec_fn=pinned(-1),
         env={**os.environ, "STUB": server.base_url, "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"},
     ) as process:  # fmt: skip
         assert process.stdin is not None
