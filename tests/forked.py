@@ -22,6 +22,13 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+# What a run imports, as far as it holds no thread and no open file; also what it imports late.
+_IMPORTED = (
+    "batchrun.chat", "batchrun.cli", "batchrun.invocation", "batchrun.loading", "batchrun.offline", "batchrun.outcome",
+    "batchrun.reconcile", "batchrun.verify", "anyio._backends._asyncio", "anyio.to_thread", "certifi", "encodings.idna",
+    "encodings.utf_8_sig", "httpcore", "pandas", "uvloop", "tests.fake_provider",
+)  # fmt: skip
+
 
 class Fork:
     """A process that runs by itself."""
@@ -53,7 +60,7 @@ class Forks:
     def __init__(self) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.forked"], cwd=Path(__file__).parent.parent, stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, text=True,
+            stdout=subprocess.PIPE, text=True, env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
         )  # fmt: skip
         atexit.register(self._end)
 
@@ -98,17 +105,8 @@ class Forks:
 
 
 def _serve() -> None:
-    # What a run imports, as far as it holds no thread and no open file; also what it imports late.
-
-    import batchrun.chat
-    import batchrun.cli
-    import batchrun.invocation
-    import batchrun.offline
-    import batchrun.reconcile
-    import batchrun.verify  # noqa: F401
-
-    from . import fake_provider  # noqa: F401
-
+    for name in _IMPORTED:
+        importlib.import_module(name)
     gc.freeze()  # else the first collection of each fork would copy what they share
     for line in sys.stdin:
         call = json.loads(line)
