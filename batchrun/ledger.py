@@ -22,8 +22,6 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, Self
 
-import zstandard
-
 from batchrun import __version__
 from batchrun.errors import BrokenPromiseError, JobError, Promise, StorageError
 from batchrun.folders import fill, sync_folder
@@ -59,7 +57,7 @@ from batchrun.records import (
     now_us,
     utc,
 )
-from batchrun.stored import NOTHING
+from batchrun.stored import NOTHING, Packer
 
 _ROOM_PER_ANSWER = 128 * 1024
 _LEAST_ROOM = 1024 * 1024
@@ -478,7 +476,7 @@ class Ledger(LedgerView):
         with self._transaction():
             self._db.execute(
                 "INSERT OR REPLACE INTO price_list VALUES (?, ?, ?, ?)",
-                (url, etag, now_us(), zstandard.compress(body)),
+                (url, etag, now_us(), Packer().pack(body).packed),
             )
 
     def take_billed(self, lines: Iterable[tuple[int, str, str, Decimal]]) -> int:

@@ -15,12 +15,11 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import zstandard
-
 from batchrun.errors import JobError, StorageError
 from batchrun.migrations import check_version
 from batchrun.money import from_pico
 from batchrun.records import Group, RowSlots, Slot, StandingAttempt, utc
+from batchrun.stored import Unpacker, UnpackError
 
 
 class Run(NamedTuple):
@@ -353,7 +352,7 @@ class LedgerView:
 
     def standing(self, run: Run, start: int, stop: int) -> Iterator[StandingAttempt]:
         """Settled attempts of the slots in rows `start` ≤ index < `stop`, row by row, oldest first."""
-        decompress = zstandard.ZstdDecompressor().decompress
+        unpack = Unpacker().unpack
         with storage(self.path):
             rows = self._db.execute(
                 f"""
@@ -374,12 +373,12 @@ class LedgerView:
                     Slot(at, model, sample), attempt_id, key, client_request_id, settled_at, outcome, bool(final),
                     error, usage, usd_pico, cost_source, request_id, seconds(latency_us), seconds(first_token_us),
                     bool(streamed), tuple(flags.split(",")) if flags else (),
-                    decompress(body) if body is not None else None, bool(is_reused),
+                    unpack(body) if body is not None else None, bool(is_reused),
                 )  # fmt: skip
 
     def answers(self, run: Run, start: int, stop: int) -> Iterator[StoredAnswer]:
         """The last answer of each slot in rows `start` ≤ index < `stop` that has one, in order."""
-        decompress = zstandard.ZstdDecompressor().decompress
+        unpack = Unpacker().unpack
         for at, home, model, sample, key, number, is_reused, body, streamed, _ in self.each(
             "SELECT at, row_index, model, sample, key, max(repair) + 1, is_reused, body, streamed, max(attempt_id) "
             f"FROM ({self.standing_sql(run)}) JOIN answer USING (attempt_id) WHERE outcome = 'ok' "
@@ -387,9 +386,7 @@ class LedgerView:
             {"run": run.run, "start": start, "stop": stop},
         ):
             group = (Slot(home, model, sample), key)
-            yield StoredAnswer(
-                Slot(at, model, sample), group, number, bool(is_reused), decompress(body), bool(streamed)
-            )
+            yield StoredAnswer(Slot(at, model, sample), group, number, bool(is_reused), unpack(body), bool(streamed))
 
     def latest_decided(self, run: Run, number: int) -> list[tuple[bytes | None, bool]]:
         """The newest slots of a run that were settled by an attempt: its answer, if it is one, and whether streamed.
@@ -406,8 +403,8 @@ class LedgerView:
             "AND answer.attempt_id = decided.attempt_id ORDER BY decided.attempt_id DESC",
             (run.run, number),
         )
-        decompress = zstandard.ZstdDecompressor().decompress
-        return [(decompress(body) if body is not None else None, bool(streamed)) for body, streamed in reversed(rows)]
+        unpack = Unpacker().unpack
+        return [(unpack(body) if body is not None else None, bool(streamed)) for body, streamed in reversed(rows)]
 
     def answer_bytes(self, run: Run, start: int, stop: int) -> int:
         """Size of the answers in rows `start` ≤ index < `stop`."""
@@ -467,8 +464,8 @@ class LedgerView:
     def price_list(self, url: str) -> tuple[str | None, int, bytes] | None:
         """ETag, time and body of a provider's list as it came last; None if it never came."""
         for etag, fetched_at, body in self.rows("SELECT etag, fetched_at, body FROM price_list WHERE url = ?", (url,)):
-            with suppress(zstandard.ZstdError):  # it can be asked for again
-                return etag, fetched_at, zstandard.ZstdDecompressor().decompress(body)
+            with suppress(UnpackError):  # it can be asked for again
+                return etag, fetched_at, Unpacker().unpack(body)
         return None
 
     # --- inside ---------------------------------------------------------------------------------------------
@@ -629,7 +626,7 @@ def storage(path: Path) -> Iterator[None]:
     """Errors of SQLite and the file system as ours."""
     try:
         yield
-    except (sqlite3.Error, zstandard.ZstdError, UnicodeDecodeError) as exc:
+    except (sqlite3.Error, UnpackError, UnicodeDecodeError) as exc:
         # SQLite's own message is no text where it repeats what it could not read.
         is_damaged = not isinstance(exc, sqlite3.Error) or any(word in str(exc) for word in _DAMAGED)
         raise StorageError(f"the ledger {path}: {exc}{_MEND if is_damaged else ''}") from exc

@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import zstandard
 from pydantic import ValidationError
 
 from batchrun.errors import BatchrunError, JobError
@@ -15,6 +14,7 @@ from batchrun.ledger_view import LedgerView, Run
 from batchrun.plain import plain_rows
 from batchrun.plan import Plan
 from batchrun.records import Answer
+from batchrun.stored import Unpacker, UnpackError
 from batchrun.template import NotRenderedError
 from batchrun.wire import read_answer
 
@@ -88,8 +88,8 @@ class Lookup:
             return None
         body, streamed = rows[0]
         try:
-            raw = zstandard.ZstdDecompressor().decompress(body)
-        except zstandard.ZstdError:
+            raw = Unpacker().unpack(body)
+        except UnpackError:
             return None
         found = read_answer(raw, {}, streamed=bool(streamed), counts=False)
         return found if isinstance(found, Answer) else None

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-import zstandard
-
 from batchrun.ledger import Ledger
 from batchrun.ledger_view import Run, storage
 from batchrun.records import now_us
-from batchrun.stored import digest
+from batchrun.stored import Unpacker, digest
 
 _PRUNED_AT_ONCE = 1000
 _FREE_SHARE = 50
@@ -53,7 +51,7 @@ class PrunableLedger(Ledger):
             "INSERT OR IGNORE INTO temp.kept SELECT source_run, source_row, model, sample, key FROM reused "
             "WHERE run NOT IN (SELECT run FROM run WHERE pruned_at IS NOT NULL)"
         )
-        decompress = zstandard.ZstdDecompressor().decompress
+        unpack = Unpacker().unpack
         dropped: Counter[int] = Counter()
         newest = 0
         while True:
@@ -61,7 +59,7 @@ class PrunableLedger(Ledger):
                 found = self._db.execute(_TO_PRUNE.format(numbers=numbers), (newest, _PRUNED_AT_ONCE)).fetchall()
                 self._db.executemany(
                     "UPDATE answer SET digest = ?, body = x'' WHERE attempt_id = ?",
-                    [(digest(decompress(body)), attempt_id) for attempt_id, _, body in found],
+                    [(digest(unpack(body)), attempt_id) for attempt_id, _, body in found],
                 )
             if not found:
                 break

@@ -16,8 +16,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import zstandard
-
 from batchrun.errors import JobError, StorageError
 from batchrun.folders import sync_folder
 from batchrun.job import Job
@@ -34,7 +32,7 @@ from batchrun.ledger_view import (
 )
 from batchrun.migrations import create
 from batchrun.records import now_us
-from batchrun.stored import digest
+from batchrun.stored import Unpacker, UnpackError, digest
 
 _BESIDE = ("-wal", "-shm")
 _SMALLEST_ROW = 64
@@ -437,8 +435,8 @@ def _sealed(attempt: _Row, answer: _Row | None) -> int:
 
 def _body(answer: _Row) -> bytes | None:
     try:
-        body = zstandard.ZstdDecompressor().decompress(answer["body"])
-    except (zstandard.ZstdError, TypeError):
+        body = Unpacker().unpack(answer["body"])
+    except (UnpackError, TypeError):
         return None
     return body if len(body) == answer["size"] else None
 

@@ -1,11 +1,15 @@
-"""Raw answers as the ledger keeps them. Whoever takes an answer packs it, so that a head need not for its workers."""
+"""Raw answers as the ledger keeps them: packed by whoever takes them, so that a head need not for its workers."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from hashlib import blake2b
 from typing import NamedTuple
 
 import zstandard
+
+UnpackError = zstandard.ZstdError
+"""What is stored was damaged since."""
 
 
 def digest(raw: bytes) -> str:
@@ -36,3 +40,11 @@ class Packer:
     def pack(self, raw: bytes) -> Stored:
         """An answer as it is kept."""
         return Stored(len(raw), self._compress(raw), digest(raw)) if raw else NOTHING
+
+
+class Unpacker:
+    """Unpacks answers, one after the other."""
+
+    def __init__(self) -> None:
+        self.unpack: Callable[[bytes], bytes] = zstandard.ZstdDecompressor().decompress
+        """An answer as it came; an UnpackError if it was damaged."""

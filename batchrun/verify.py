@@ -10,7 +10,6 @@ from decimal import Decimal
 from typing import Any
 
 import pyarrow as pa
-import zstandard
 
 from batchrun.budget import Cap
 from batchrun.delivery import expected_batches, results_of, summarise, with_derived
@@ -30,7 +29,7 @@ from batchrun.money import COST_SOURCES, exact_json, from_pico, to_pico, usd_tex
 from batchrun.plan import Plan
 from batchrun.records import Answer
 from batchrun.remote import AnyPath
-from batchrun.stored import digest
+from batchrun.stored import Unpacker, UnpackError, digest
 from batchrun.wire import read_answer
 from batchrun.written import Written
 
@@ -126,7 +125,7 @@ def _check_attempts(ledger: LedgerView, verdict: Verdict) -> None:
     """Each attempt by its seal, and each run by its own count."""
     counted: dict[int, list[int]] = {}
     columns = ", ".join(f"attempt.{name}" for name in (*INTENT_COLUMNS, *SETTLEMENT_COLUMNS))
-    decompress = zstandard.ZstdDecompressor().decompress
+    unpack = Unpacker().unpack
     for *values, sealed, size, packed, pruned in ledger.each(
         f"SELECT {columns}, seal, size, body, digest FROM attempt LEFT JOIN answer USING (attempt_id) "
         "ORDER BY attempt_id"
@@ -147,8 +146,8 @@ def _check_attempts(ledger: LedgerView, verdict: Verdict) -> None:
                 verdict.blame(f"{_named(attempt)} was altered after it was settled")
             continue
         try:
-            body = decompress(packed) if packed is not None else b""
-        except zstandard.ZstdError as exc:
+            body = unpack(packed) if packed is not None else b""
+        except UnpackError as exc:
             verdict.blame(f"{_named(attempt)}: its answer cannot be unpacked: {exc}")
             continue
         is_ok = attempt["outcome"] == "ok"

@@ -55,7 +55,7 @@ def test_labels_that_the_server_holds_the_model_to_all_parse_and_a_judge_reads_t
     from scipy.stats import binomtest
     from sklearn.metrics import accuracy_score, confusion_matrix
 
-    labels = ("jobs/label-local.yaml", "--set", "input.limit=20", "--json")
+    labels = ("jobs/label-local.yaml", "--set", "input.limit=10", "--json")
     result = shipped.batchrun(*labels)
     assert (result.code, result.json["parse_errors"]) == (0, 0), result.stderr
     rows = shipped.rows(shipped.folder / "outputs" / "label-local.parquet")
@@ -85,7 +85,7 @@ def _answers(ledger: Path) -> int:
 
 @needs_model
 def test_an_interrupted_local_run_goes_on_although_the_port_is_another(shipped: Workspace) -> None:
-    few = ("jobs/eval.yaml", "--set", "input.limit=12")
+    few = ("jobs/eval.yaml", "--set", "input.limit=8")
     with shipped.start(*few) as process:
         while process.poll() is None and _answers(shipped.folder / "outputs" / "eval.ledger.sqlite") < 2:
             time.sleep(0.02)

@@ -19,6 +19,7 @@ from batchrun import accounts
 from batchrun.ledger import Ledger
 from batchrun.money import Cost, from_pico
 from batchrun.records import Action, Asked, Exchange, Failure, Request, Reservation, Settlement, Slot, now_us
+from batchrun.stored import Packer
 
 from .conftest import FakeProvider, Workspace, spent
 
@@ -238,7 +239,10 @@ def test_every_answer_finds_a_row_that_asks_for_it_or_is_unplaced(
         ledger.commit(run, [], [intent])
         failure = None if outcome == "ok" else Failure("server", Action.RETRY, "x")
         exchange = Exchange(
-            "ok" if outcome == "ok" else "failed", body=key.encode(), failure=failure, cost=Cost(Decimal(1), "reported")
+            "ok" if outcome == "ok" else "failed",
+            body=Packer().pack(key.encode()),
+            failure=failure,
+            cost=Cost(Decimal(1), "reported"),
         )
         ledger.commit(run, [Settlement(intent, exchange, now_us(), outcome in ("ok", "failed"))], [])
     ledger.place(run, _asked(after), dict)
