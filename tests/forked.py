@@ -102,6 +102,9 @@ class Forks:
     def _end(self) -> None:
         self._process.kill()
         self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            pipe.close()
 
 
 def _serve() -> None:
