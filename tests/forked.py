@@ -26,7 +26,7 @@ from typing import Any
 _IMPORTED = (
     "batchrun.chat", "batchrun.cli", "batchrun.invocation", "batchrun.loading", "batchrun.offline", "batchrun.outcome",
     "batchrun.reconcile", "batchrun.verify", "anyio._backends._asyncio", "anyio.to_thread", "certifi", "encodings.idna",
-    "encodings.utf_8_sig", "httpcore", "pandas", "uvloop", "tests.fake_provider",
+    "encodings.utf_8_sig", "httpcore", "uvloop", "tests.fake_provider",
 )  # fmt: skip
 
 
@@ -60,7 +60,7 @@ class Forks:
     def __init__(self) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.forked"], cwd=Path(__file__).parent.parent, stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, text=True, env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         atexit.register(self._end)
 
