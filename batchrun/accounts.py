@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from decimal import Decimal
 from typing import Any, NamedTuple
 
-from batchrun.ledger_view import LedgerView, Run, everywhere, pico_sum, seconds, summed
+from batchrun.ledger_view import LedgerView, Run, everywhere, pico_sum, summed
 from batchrun.money import DERIVED, REPORTED, from_pico
-from batchrun.records import Totals
+from batchrun.records import Totals, seconds
 from batchrun.usage import Usage
 
 _SHOWN_ROWS = 20

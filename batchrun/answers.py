@@ -6,13 +6,13 @@ import json
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any
+from typing import NamedTuple
 
 import pyarrow as pa
 
 from batchrun.columns import build
 from batchrun.money import COST_SOURCES, PICO_PER_USD, from_pico
-from batchrun.records import Answer, Outcome, RowSlots, Slot, StandingAttempt
+from batchrun.records import Answer, RowSlots, Slot, StandingAttempt, seconds
 from batchrun.wire import read_answer
 
 _COLUMNS: tuple[tuple[str, pa.DataType], ...] = (
@@ -45,8 +45,6 @@ _COLUMNS: tuple[tuple[str, pa.DataType], ...] = (
 _FIRST_TOKEN = ("first_token_seconds", pa.float64())
 _SAMPLE = ("sample", pa.int64())
 _REUSED = ("reused", pa.bool_())
-_PICO = "usd_pico"
-"""Of a record: what its slot took, exactly; no column."""
 
 
 def result_schema(*, streamed: bool, sampled: bool = False, reuses: bool = False, prefix: str = "") -> pa.Schema:
@@ -65,6 +63,15 @@ class Counts:
     pending: int = 0
     usd_pico: int = 0
 
+    def note(self, status: str) -> None:
+        """One row more."""
+        if status == "ok":
+            self.ok += 1
+        elif status == "failed":
+            self.failed += 1
+        else:
+            self.pending += 1
+
     @property
     def usd(self) -> Decimal:
         """Dollars, exact."""
@@ -74,6 +81,57 @@ class Counts:
     def rows(self) -> int:
         """All of them."""
         return self.ok + self.failed + self.pending
+
+
+class Record(NamedTuple):
+    """One row of an output, by the names of its result columns; in each of them None is null."""
+
+    response: str | None
+    finish_reason: str | None
+    finish_reason_raw: str | None
+    prompt_tokens: int | None
+    completion_tokens: int | None
+    total_tokens: int | None
+    cached_tokens: int | None
+    reasoning_tokens: int | None
+    usd_spent: float | None
+    cost_source: str | None
+    unknown_attempts: int
+    requested_model: str
+    model: str | None
+    status: str
+    error: str | None
+    flags: Sequence[str]
+    reasoning: str | None
+    tool_calls: str | None
+    attempts: int
+    latency_seconds: float | None
+    request_id: str | None
+    client_request_id: str | None
+    request_key: str | None
+    run_id: str
+    finished_at: int | None
+    """Microseconds since 1970, UTC."""
+    first_token_seconds: float | None
+    sample: int
+    reused: bool
+    usd_pico: int | None
+    """What the slot took, exactly; None if that is not known. No column."""
+
+    @property
+    def text(self) -> str | None:
+        """The answer's; None if it has none that counts."""
+        return self.response if self.is_ok else None
+
+    @property
+    def is_ok(self) -> bool:
+        """Something can be made of it."""
+        return self.status == "ok"
+
+    @property
+    def is_cut(self) -> bool:
+        """It ended because it was as long as allowed."""
+        return "truncated" in self.flags
 
 
 class Results:
@@ -107,8 +165,8 @@ class Results:
         attempts: Iterable[StandingAttempt],
         faults: Mapping[Slot, str],
         unrepaired: Container[Slot] = (),
-    ) -> tuple[pa.RecordBatch, list[Outcome]]:
-        """The result columns of input rows `start` ≤ index < `start + rows`, a row per slot.
+    ) -> tuple[pa.RecordBatch, list[Record]]:
+        """The result columns of input rows `start` ≤ index < `start + rows`, a row per slot; and those rows.
 
         Args:
             attempts: as `LedgerView.standing` gives them.
@@ -119,108 +177,103 @@ class Results:
         attempt = next(left, None)
         records = []
         for row_index in range(start, start + rows):
-            of_row: dict[Slot, list[StandingAttempt]] = {}
-            while attempt is not None and attempt.slot.row_index <= row_index:
-                of_row.setdefault(attempt.slot, []).append(attempt)
+            of_row: dict[tuple[int, str, int], list[StandingAttempt]] = {}
+            while attempt is not None and attempt.row_index <= row_index:
+                of_row.setdefault(attempt[:3], []).append(attempt)
                 attempt = next(left, None)
             # Attempts of another model than the job's have no row here.
             records += [
-                self._record(slot, of_row.get(slot, []), faults.get(slot), slot in unrepaired)
+                self._record(slot, of_row.get(slot, ()), faults.get(slot), slot in unrepaired)
                 for slot in self._slots.of(row_index)
             ]
-        columns = []
-        for field in self.schema:
-            name = field.name.removeprefix(self._prefix)
-            columns.append(build([record.get(name) for record in records], field.type))
-        return pa.RecordBatch.from_arrays(columns, schema=self.schema), list(map(_outcome, records))
+        columns = dict(zip(Record._fields, zip(*records, strict=True), strict=True)) if records else {}
+        arrays = [build(columns.get(field.name.removeprefix(self._prefix), ()), field.type) for field in self.schema]
+        return pa.RecordBatch.from_arrays(arrays, schema=self.schema), records
 
     def _record(
-        self, slot: Slot, attempts: list[StandingAttempt], fault: str | None, is_unrepaired: bool
-    ) -> dict[str, Any]:
+        self, slot: Slot, attempts: Sequence[StandingAttempt], fault: str | None, is_unrepaired: bool
+    ) -> Record:
+        made = unknown = pico = 0
         answered = None
-        unknown = 0
         for attempt in attempts:
+            made += not attempt.is_reused
             if attempt.usd_pico is None:
                 unknown += not attempt.is_reused
             else:
-                self.counts.usd_pico += attempt.usd_pico
+                pico += attempt.usd_pico
             if attempt.outcome == "ok":
                 answered = attempt  # the last, where it was asked again for one that fits
-        usd_spent, cost_source = _spent(attempts)
-        record: dict[str, Any] = {
-            "requested_model": self._requested[slot.model],
-            "sample": slot.sample,
-            "run_id": self._run_id,
-            "attempts": sum(not attempt.is_reused for attempt in attempts),
-            "unknown_attempts": unknown,
-            "reused": any(attempt.is_reused for attempt in attempts),
-            "flags": [],
-            "usd_spent": usd_spent,
-            "cost_source": cost_source,
-            _PICO: sum(attempt.usd_pico for attempt in attempts if attempt.usd_pico is not None)
-            if attempts and not unknown
-            else None,
-        }
-        if fault is not None and answered is None:
-            self.counts.failed += 1
-            record["status"], record["error"] = "failed", f"not_rendered: {fault}"
-            return record
-        if not attempts:
-            self.counts.pending += 1
-            record["status"] = "pending"
-            return record
-        decisive = answered or attempts[-1]
-        record["request_id"] = decisive.request_id
-        record["client_request_id"] = decisive.client_request_id
-        record["request_key"] = decisive.key
-        record["finished_at"] = decisive.settled_at
+        self.counts.usd_pico += pico
+        decisive = answered
         if answered is not None:
-            self.counts.ok += not is_unrepaired
-            self.counts.pending += is_unrepaired
-            record["status"] = "pending" if is_unrepaired else "ok"
-            record["error"] = "its answer does not fit, and it is to be asked again" if is_unrepaired else None
-            record.update(_answer_columns(answered))
-            return record
-        is_failed = decisive.is_final
-        self.counts.failed += is_failed
-        self.counts.pending += not is_failed
-        record["status"], record["error"] = "failed" if is_failed else "pending", decisive.error
-        return record
+            status, error = ("pending", _UNREPAIRED) if is_unrepaired else ("ok", None)
+        elif fault is not None:
+            status, error = "failed", f"not_rendered: {fault}"
+        elif attempts:
+            decisive = attempts[-1]
+            status, error = "failed" if decisive.final else "pending", decisive.error
+        else:
+            status, error = "pending", None
+        self.counts.note(status)
+        usd_spent, cost_source = _spent(attempts)
+        said = _said(answered) if answered is not None else _NOTHING
+        request_id, client_request_id, key, settled_at = (
+            (decisive.request_id, decisive.client_request_id, decisive.key, decisive.settled_at)
+            if decisive is not None
+            else (None, None, None, None)
+        )
+        return Record(
+            said.text, said.finish_reason, said.finish_reason_raw, said.prompt_tokens, said.completion_tokens,
+            said.total_tokens, said.cached_tokens, said.reasoning_tokens, usd_spent, cost_source, unknown,
+            self._requested[slot.model], said.model, status, error, said.flags, said.reasoning, said.tool_calls, made,
+            said.latency_seconds, request_id, client_request_id, key, self._run_id, settled_at,
+            said.first_token_seconds, slot.sample, any(attempt.is_reused for attempt in attempts),
+            pico if attempts and not unknown else None,
+        )  # fmt: skip
 
 
-def _outcome(record: Mapping[str, Any]) -> Outcome:
-    is_ok = record["status"] == "ok"
-    return Outcome(record.get("response") if is_ok else None, is_ok, "truncated" in record["flags"], record[_PICO])
+_UNREPAIRED = "its answer does not fit, and it is to be asked again"
 
 
-def _answer_columns(attempt: StandingAttempt) -> dict[str, Any]:
-    prompt, completion, total, cached, reasoning = attempt.usage
-    columns: dict[str, Any] = {
-        "prompt_tokens": prompt,
-        "completion_tokens": completion,
-        "total_tokens": total,
-        "cached_tokens": cached,
-        "reasoning_tokens": reasoning,
-        "flags": list(attempt.flags),
-        "latency_seconds": attempt.latency_seconds,
-        "first_token_seconds": attempt.first_token_seconds,
-    }
+class _Said(NamedTuple):
+    """What an answer says, and took."""
+
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    total_tokens: int | None = None
+    cached_tokens: int | None = None
+    reasoning_tokens: int | None = None
+    latency_seconds: float | None = None
+    first_token_seconds: float | None = None
+    flags: Sequence[str] = ()
+    text: str | None = None
+    finish_reason: str | None = None
+    finish_reason_raw: str | None = None
+    model: str | None = None
+    reasoning: str | None = None
+    tool_calls: str | None = None
+
+
+_NOTHING = _Said()
+
+
+def _said(attempt: StandingAttempt) -> _Said:
+    flags = attempt.flags.split(",") if attempt.flags else []
+    taken = (
+        attempt.prompt_tokens, attempt.completion_tokens, attempt.total_tokens, attempt.cached_tokens,
+        attempt.reasoning_tokens, seconds(attempt.latency_us), seconds(attempt.first_token_us),
+    )  # fmt: skip
     if attempt.body is None:
-        return columns
-    answer = read_answer(attempt.body, {}, streamed=attempt.streamed, counts=False)
-    if isinstance(answer, Answer):
-        columns |= {
-            "response": answer.text,
-            "finish_reason": answer.finish_reason,
-            "finish_reason_raw": answer.finish_reason_raw,
-            "model": answer.model,
-            "reasoning": answer.reasoning,
-            "tool_calls": json.dumps(answer.tool_calls, ensure_ascii=False) if answer.tool_calls else None,
-        }
-    else:
+        return _Said(*taken, flags)
+    answer = read_answer(attempt.body, {}, streamed=bool(attempt.streamed), counts=False)
+    if not isinstance(answer, Answer):
         # It could be read when it came: it was damaged since, or this version reads it no more.
-        columns["flags"] = [*attempt.flags, "unreadable"]
-    return columns
+        return _Said(*taken, [*flags, "unreadable"])
+    tool_calls = json.dumps(answer.tool_calls, ensure_ascii=False) if answer.tool_calls else None
+    return _Said(
+        *taken, flags, answer.text, answer.finish_reason, answer.finish_reason_raw, answer.model, answer.reasoning,
+        tool_calls,
+    )  # fmt: skip
 
 
 def _spent(attempts: Sequence[StandingAttempt]) -> tuple[float | None, str | None]:

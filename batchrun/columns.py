@@ -33,9 +33,16 @@ def build(values: Sequence[Any], kind: pa.DataType) -> pa.Array:
         return pa.nulls(nulls, kind)
     validity = None if not nulls else pa.py_buffer(_bits([value is not None for value in values]))
     if pa.types.is_string(kind):
-        encoded = [value.encode("utf-8", "replace") if value else b"" for value in values]
-        data = [pa.py_buffer(_offsets(encoded)), pa.py_buffer(b"".join(encoded))]
-        return pa.Array.from_buffers(kind, len(values), [validity, *data], null_count=nulls)
+        texts: Sequence[str] = [value or "" for value in values] if nulls else values
+        whole = "".join(texts)
+        if whole.isascii():  # a character is a byte
+            offsets, data = _offsets(texts), whole.encode()
+        else:
+            encoded = [text.encode("utf-8", "replace") for text in texts]
+            offsets, data = _offsets(encoded), b"".join(encoded)
+        return pa.Array.from_buffers(
+            kind, len(values), [validity, pa.py_buffer(offsets), pa.py_buffer(data)], null_count=nulls
+        )
     if pa.types.is_list(kind):
         lists = [value if value is not None else [] for value in values]
         items = build([item for value in lists for item in value], kind.value_type)
@@ -46,12 +53,9 @@ def build(values: Sequence[Any], kind: pa.DataType) -> pa.Array:
             kind, len(values), [validity, pa.py_buffer(_bits([bool(value) for value in values]))], null_count=nulls
         )
     code, number = _NUMBERS[kind]
-    plain = array(code, [number(value) if value is not None else 0 for value in values])
+    numbers = values if number is None else [number(value) if value is not None else None for value in values]
+    plain = array(code, [value if value is not None else 0 for value in numbers] if nulls else numbers)
     return pa.Array.from_buffers(kind, len(values), [validity, pa.py_buffer(plain)], null_count=nulls)
-
-
-def _same(value: Any) -> Any:
-    return value
 
 
 def _microseconds(moment: datetime | int) -> int:
@@ -65,10 +69,10 @@ def _microseconds(moment: datetime | int) -> int:
     return seconds * 1_000_000 + moment.microsecond - shift
 
 
-_NUMBERS: Mapping[pa.DataType, tuple[str, Callable[[Any], Any]]] = {
-    pa.int32(): ("i", _same),
-    pa.int64(): ("q", _same),
-    pa.float64(): ("d", _same),
+_NUMBERS: Mapping[pa.DataType, tuple[str, Callable[[Any], Any] | None]] = {
+    pa.int32(): ("i", None),
+    pa.int64(): ("q", None),
+    pa.float64(): ("d", None),
     pa.date32(): ("i", lambda day: day.toordinal() - _EPOCH_DAY),
     pa.timestamp("us", tz="UTC"): ("q", _microseconds),
 }

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
+from batchrun.answers import Record
 from batchrun.columns import build
 from batchrun.errors import JobError, listed
 from batchrun.evaluate import UNANSWERED, Evaluation, Evaluator
@@ -18,7 +19,7 @@ from batchrun.intervals import require
 from batchrun.job import Job
 from batchrun.money import from_pico
 from batchrun.plain import plain_column
-from batchrun.records import Outcome, RowSlots
+from batchrun.records import RowSlots
 from batchrun.scores import score_names, vote
 from batchrun.settings import EvaluateSetting
 from batchrun.shapes import Choice, Shape
@@ -130,26 +131,28 @@ class Derivation:
         self._by_model = len(slots.models) > 1
         self._evaluators = self._evaluators_of(self._setting) if self._setting is not None else []
 
-    def batch(self, rows: pa.RecordBatch, outcomes: Sequence[Outcome]) -> list[pa.Array]:
+    def batch(self, rows: pa.RecordBatch, records: Sequence[Record]) -> list[pa.Array]:
         """The columns of some slots, all those of each row among them.
 
         Args:
             rows: of the input, one for each slot.
         """
         arrays: list[pa.Array] = []
-        values: list[Any] = [outcome.text for outcome in outcomes]
+        values: list[Any] | None = None
         if self._structure is not None:
-            parsed = [self._parsed(outcome) for outcome in outcomes]
+            parsed = [self._parsed(record) for record in records]
             arrays += self._structure.arrays(parsed)
             values = [self._compared(answer.value) for answer in parsed]
             self._count(parsed)
         if self._setting is None and not self._votes:
             return arrays
+        if values is None:
+            values = [record.text for record in records]
         votes = [vote(values[start : start + self._group]) for start in range(0, len(values), self._group)]
         if self._votes:
             arrays += self._vote_arrays(votes)
         if self._setting is not None:
-            arrays += self._score_arrays(self._setting, rows, outcomes, values, [value for value, _ in votes])
+            arrays += self._score_arrays(self._setting, rows, records, values, [value for value, _ in votes])
         return arrays
 
     @cached_property
@@ -186,11 +189,11 @@ class Derivation:
             raise JobError(f"evaluate.answer: there is no {wanted!r}: it is one of {listed([*names] or [_RESPONSE])}")
         return wanted
 
-    def _parsed(self, outcome: Outcome) -> Parsed:
-        if not outcome.is_ok:
+    def _parsed(self, record: Record) -> Parsed:
+        if not record.is_ok:
             return Parsed(None, None)
         assert self._structure is not None
-        return self._structure.parse(outcome.text, is_cut=outcome.is_cut)
+        return self._structure.parse(record.text, is_cut=record.is_cut)
 
     def _compared(self, value: Any) -> Any:
         if value is None or self._structure is None or not self._structure.has_properties:
@@ -227,18 +230,18 @@ class Derivation:
         self,
         setting: EvaluateSetting,
         rows: pa.RecordBatch,
-        outcomes: Sequence[Outcome],
+        records: Sequence[Record],
         values: Sequence[Any],
         votes: Sequence[Any],
     ) -> Iterator[pa.Array]:
         wanted = self._input_column(rows, setting.expected)
         # What has no answer yet, or will have none, is neither right nor wrong.
         expected = [
-            value if outcome.is_ok or value is None else UNANSWERED
-            for value, outcome in zip(wanted, outcomes, strict=True)
+            value if record.is_ok or value is None else UNANSWERED
+            for value, record in zip(wanted, records, strict=True)
         ]
         slices = {name: self._input_column(rows, name) for name in setting.by}
-        usd = [None if outcome.usd_pico is None else from_pico(outcome.usd_pico) for outcome in outcomes]
+        usd = [None if record.usd_pico is None else from_pico(record.usd_pico) for record in records]
         if self._by_model:
             models = [slot.model for slot in self._slots.of(0)]
             slices[_MODEL] = models * (len(wanted) // len(models))

@@ -359,22 +359,14 @@ class LedgerView:
                 SELECT at, model, sample, standing.attempt_id, coalesce(repair_key, key), client_request_id, settled_at,
                     outcome, final, error, prompt_tokens, completion_tokens, total_tokens, cached_tokens,
                     reasoning_tokens, usd_pico, cost_source, request_id, latency_us, first_token_us, streamed, flags,
-                    CASE outcome WHEN 'ok' THEN body END, is_reused
+                    is_reused, CASE outcome WHEN 'ok' THEN body END
                 FROM ({self.standing_sql(run)}) AS standing LEFT JOIN answer USING (attempt_id)
                 ORDER BY at, standing.attempt_id
                 """,
                 {"run": run.run, "start": start, "stop": stop},
             )
-            for (
-                at, model, sample, attempt_id, key, client_request_id, settled_at, outcome, final, error, *usage,
-                usd_pico, cost_source, request_id, latency_us, first_token_us, streamed, flags, body, is_reused,
-            ) in rows:  # fmt: skip
-                yield StandingAttempt(
-                    Slot(at, model, sample), attempt_id, key, client_request_id, settled_at, outcome, bool(final),
-                    error, usage, usd_pico, cost_source, request_id, seconds(latency_us), seconds(first_token_us),
-                    bool(streamed), tuple(flags.split(",")) if flags else (),
-                    unpack(body) if body is not None else None, bool(is_reused),
-                )  # fmt: skip
+            for *values, body in rows:
+                yield StandingAttempt._make((*values, unpack(body) if body is not None else None))
 
     def answers(self, run: Run, start: int, stop: int) -> Iterator[StoredAnswer]:
         """The last answer of each slot in rows `start` ≤ index < `stop` that has one, in order."""
@@ -632,10 +624,6 @@ def storage(path: Path) -> Iterator[None]:
         raise StorageError(f"the ledger {path}: {exc}{_MEND if is_damaged else ''}") from exc
     except OSError as exc:
         raise StorageError(f"the ledger {path}: {exc.strerror or exc}") from exc
-
-
-def seconds(microseconds: int | None) -> float | None:
-    return microseconds / 1e6 if microseconds is not None else None
 
 
 _MEND = "; it has been damaged: `batchrun salvage JOB` saves what can be read"

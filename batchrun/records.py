@@ -32,6 +32,11 @@ def utc(microseconds: int) -> datetime:
     return datetime.fromtimestamp(microseconds / 1e6, UTC)
 
 
+def seconds(microseconds: int | None) -> float | None:
+    """Of what the ledger holds in microseconds."""
+    return microseconds / 1e6 if microseconds is not None else None
+
+
 class Slot(NamedTuple):
     """One answer to be had: input row (counted from 0) × model (its id) × sample (counted from 0)."""
 
@@ -254,42 +259,41 @@ class Asked(NamedTuple):
 
 
 class StandingAttempt(NamedTuple):
-    """A settled attempt, with the slot that it stands in now."""
+    """A settled attempt, with the slot that it stands in now: flat, and as the ledger has it, for there are many."""
 
-    slot: Slot
+    row_index: int
+    model: str
+    sample: int
     attempt_id: int
     key: str
     client_request_id: str
     settled_at: int
     outcome: str
-    is_final: bool
+    final: int
     error: str | None
-    usage: Sequence[int | None]
-    """prompt, completion, total, cached, reasoning."""
+    prompt_tokens: int | None
+    completion_tokens: int | None
+    total_tokens: int | None
+    cached_tokens: int | None
+    reasoning_tokens: int | None
     usd_pico: int | None
     """In pico-dollars; None if it is not known."""
     cost_source: str | None
     request_id: str | None
-    latency_seconds: float | None
-    first_token_seconds: float | None
-    streamed: bool
-    flags: tuple[str, ...]
+    latency_us: int | None
+    first_token_us: int | None
+    streamed: int
+    flags: str | None
+    """With commas between them."""
+    is_reused: int
+    """It was made for another slot, and is counted there."""
     body: bytes | None
     """The raw answer, for an attempt that is `ok`."""
-    is_reused: bool
-    """It was made for another slot, and is counted there."""
 
-
-class Outcome(NamedTuple):
-    """A slot's answer, as far as something can be made of it."""
-
-    text: str | None
-    """None if it has none."""
-    is_ok: bool
-    is_cut: bool
-    """It ended because it was as long as allowed."""
-    usd_pico: int | None
-    """What the slot took; None if that is not known."""
+    @property
+    def slot(self) -> Slot:
+        """The one that it stands in."""
+        return Slot(self.row_index, self.model, self.sample)
 
 
 @dataclass(frozen=True)

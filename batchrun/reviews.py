@@ -52,7 +52,7 @@ class Reviews:
         template = self._templates[request.slot.model]
         for attempt in ledger.standing(run, request.slot.row_index, request.slot.row_index + 1):
             if attempt.slot == request.slot and attempt.body is not None:
-                answer = _read(attempt.body, streamed=attempt.streamed)
+                answer = _read(attempt.body, streamed=bool(attempt.streamed))
                 error = self._misfit(answer) or "it is not what was asked for"
                 request = template.repaired(request, answer.text, error)
         return request
