@@ -267,19 +267,40 @@ def measured(ledger: LedgerView, model: str, parameters: str) -> list[Measured]:
     ]
 
 
+class _OfSource(NamedTuple):
+    """Sums over the attempts of a run whose costs have one source."""
+
+    cost_source: str | None
+    slowest_us: int | None
+    usd_high: int
+    usd_low: int
+    unknown_cost: int
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    cached_tokens: int
+    attempts: int
+
+    @property
+    def pico(self) -> int:
+        return summed(self.usd_high, self.usd_low)
+
+
 def totals(ledger: LedgerView, run: Run) -> Totals:
     """Sums over a run, computed by SQLite."""
     ok, failed = ledger.counts(run)
     standing = ledger.standing_sql(run)
     (faults,) = ledger.rows("SELECT 'not_rendered', count(*), min(error) FROM row_fault WHERE run = ?", (run.run,))
-    by_source = ledger.rows(
-        f"SELECT cost_source, max(CASE outcome WHEN 'ok' THEN latency_us END), {_USD}, sum(usd_pico IS NULL), "
-        "coalesce(sum(prompt_tokens), 0), coalesce(sum(completion_tokens), 0), coalesce(sum(total_tokens), 0), "
-        "coalesce(sum(cached_tokens), 0), count(*) FROM charged WHERE run = ? AND outcome IS NOT NULL "
-        "GROUP BY cost_source ORDER BY cost_source",
-        (run.run,),
-    )
-    sums = [sum(source[place] for source in by_source) for place in range(2, 10)]
+    by_source = [
+        _OfSource(*sums)
+        for sums in ledger.rows(
+            f"SELECT cost_source, max(CASE outcome WHEN 'ok' THEN latency_us END), {_USD}, sum(usd_pico IS NULL), "
+            "coalesce(sum(prompt_tokens), 0), coalesce(sum(completion_tokens), 0), coalesce(sum(total_tokens), 0), "
+            "coalesce(sum(cached_tokens), 0), count(*) FROM charged WHERE run = ? AND outcome IS NOT NULL "
+            "GROUP BY cost_source ORDER BY cost_source",
+            (run.run,),
+        )
+    ]
     never_came = "FROM charged WHERE run = ? AND outcome = 'unknown' AND usd_pico IS NULL"
     (unknown,) = ledger.rows(
         f"SELECT count(*), {_RESERVED}, coalesce(sum(reserved_pico IS NULL), 0) {never_came}", (run.run,)
@@ -323,18 +344,18 @@ def totals(ledger: LedgerView, run: Run) -> Totals:
     return Totals(
         ok=ok,
         failed=failed,
-        usd=from_pico(summed(*sums[:2])),
-        usd_by_source={source: from_pico(summed(high, low)) for source, _, high, low, *_ in by_source if source},
-        unknown_cost=sums[2],
+        usd=from_pico(sum(one.pico for one in by_source)),
+        usd_by_source={one.cost_source: from_pico(one.pico) for one in by_source if one.cost_source},
+        unknown_cost=sum(one.unknown_cost for one in by_source),
         unknown_outcomes=unknown[0],
         unknown_rows=unknown_rows,
         first_unknown_rows=[row_index for (row_index,) in first_unknown],
         unknown_usd=from_pico(summed(*unknown[1:3])) if not unknown[3] else None,
-        prompt_tokens=sums[3],
-        completion_tokens=sums[4],
-        total_tokens=sums[5],
-        cached_tokens=sums[6],
-        attempts=sums[7],
+        prompt_tokens=sum(one.prompt_tokens for one in by_source),
+        completion_tokens=sum(one.completion_tokens for one in by_source),
+        total_tokens=sum(one.total_tokens for one in by_source),
+        cached_tokens=sum(one.cached_tokens for one in by_source),
+        attempts=sum(one.attempts for one in by_source),
         unplaced=unplaced[2],
         unplaced_usd=from_pico(summed(*unplaced[:2])),
         repairs=repairs,
@@ -344,5 +365,5 @@ def totals(ledger: LedgerView, run: Run) -> Totals:
         failures=[*((kind or "", number, error or "") for kind, number, error in failures),
                   *([faults] if faults[1] else [])],
         flags=dict(sorted(flags.items())),
-        slowest_seconds=seconds(max((slowest for _, slowest, *_ in by_source if slowest is not None), default=None)),
+        slowest_seconds=seconds(max((one.slowest_us for one in by_source if one.slowest_us is not None), default=None)),
     )  # fmt: skip

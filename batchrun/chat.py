@@ -21,7 +21,7 @@ from batchrun.money import LOCAL, NOT_BILLED, UNKNOWN, Cost
 from batchrun.prices import Pricing, is_plausible
 from batchrun.providers import Endpoint
 from batchrun.records import Action, Answer, Exchange, Failure, Intent
-from batchrun.stored import NOTHING, Packer
+from batchrun.stored import Packer
 from batchrun.transport import Transport
 from batchrun.wire import AnswerReader
 
@@ -160,7 +160,7 @@ class Chat:
     def _exchange(self, reception: _Reception) -> Exchange:
         received = b"".join(reception.pieces)
         raw = self._scrubber.raw(received)
-        body = self._packer.pack(raw) if reception.status is not None else NOTHING
+        body = self._packer.pack(raw)
         now = asyncio.get_running_loop().time()
         first = reception.first_token
 

@@ -24,8 +24,8 @@ from batchrun.records import Action, Exchange, Failure
 
 SIGN_SECONDS = 2.0
 _MOST_FOUND_BYTES = 8 * 1024 * 1024
-GATHERED_SECONDS = 0.01
-"""So long what is to go to the other side waits for more: a message costs as much as five rows."""
+GATHERED_SECONDS = 0.02
+"""So long what is to go to the other side waits for more: a message costs as much as ten rows."""
 
 Parcel = list[tuple[int, bytes, str]]
 """Requests: the attempt's id, the body, our request id."""
