@@ -305,11 +305,13 @@ def totals(ledger: LedgerView, run: Run) -> Totals:
     (unknown,) = ledger.rows(
         f"SELECT count(*), {_RESERVED}, coalesce(sum(reserved_pico IS NULL), 0) {never_came}", (run.run,)
     )
-    in_rows = f"FROM ({standing}) WHERE outcome = 'unknown' AND usd_pico IS NULL AND NOT is_reused"
-    ((unknown_rows,),) = ledger.rows(
-        f"SELECT count(*) FROM (SELECT DISTINCT at, model, sample {in_rows})", everywhere(run)
-    )
-    first_unknown = ledger.rows(f"SELECT DISTINCT at {in_rows} ORDER BY at LIMIT {_SHOWN_ROWS}", everywhere(run))
+    unknown_rows, first_unknown = 0, []
+    if unknown[0]:
+        in_rows = f"FROM ({standing}) WHERE outcome = 'unknown' AND usd_pico IS NULL AND NOT is_reused"
+        ((unknown_rows,),) = ledger.rows(
+            f"SELECT count(*) FROM (SELECT DISTINCT at, model, sample {in_rows})", everywhere(run)
+        )
+        first_unknown = ledger.rows(f"SELECT DISTINCT at {in_rows} ORDER BY at LIMIT {_SHOWN_ROWS}", everywhere(run))
     (unplaced,) = ledger.rows(
         f"SELECT {_USD}, coalesce(sum(outcome = 'ok'), 0) FROM moved "
         "JOIN charged USING (run, row_index, model, sample, key) WHERE run = ? AND to_row IS NULL",

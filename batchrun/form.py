@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import re
 import secrets
 from collections.abc import Callable, Sequence
+from json.encoder import encode_basestring
 from typing import Any
 
 # No text of a job can hold it by chance, or on purpose.
 _MARK = f"\ue000{secrets.token_hex(8)}"
 _HOLE = re.compile(rf"{_MARK}[tv](\d+)\ue001")
 _ENCODED = re.compile(rf'"{_MARK}v(\d+)\ue001"|{_MARK}t(\d+)\ue001')
-_encode_text = json.JSONEncoder(ensure_ascii=False).encode
 
 
 def text_hole(number: int) -> str:
@@ -50,11 +49,17 @@ def filled(document: Any, values: Sequence[Any]) -> Any:
     return [filled(item, values) for item in document] if isinstance(document, list) else document
 
 
+def escaped(values: Sequence[Any]) -> list[str | None]:
+    """The texts of a row as they stand in JSON, within longer ones; None for what is no text."""
+    return [encode_basestring(value)[1:-1] if isinstance(value, str) else None for value in values]
+
+
 class Form:
     """A document with holes, as JSON.
 
+    >>> import json
     >>> form = Form({"a": value_hole(0), "b": f"<{text_hole(1)}>"}, json.JSONEncoder(ensure_ascii=False).encode)
-    >>> form.json([None, 'x"'])
+    >>> form.json([None, 'x"'], escaped([None, 'x"']))
     '{"a": null, "b": "<x\\\\">"}'
 
     Args:
@@ -69,11 +74,15 @@ class Form:
             for value, text, after in zip(rest[::3], rest[1::3], rest[2::3], strict=True)
         ]
 
-    def json(self, values: Sequence[Any]) -> str:
-        """The document with a row's values; the same as if it were encoded as a whole."""
+    def json(self, values: Sequence[Any], texts: Sequence[str | None]) -> str:
+        """The document with a row's values; the same as if it were encoded as a whole.
+
+        Args:
+            texts: those of them that are texts, `escaped`; it is the same for all forms.
+        """
         parts = [self._first]
         for number, is_value, after in self._rest:
-            value = values[number]
-            parts.append(self._encode(value) if is_value else _encode_text(value)[1:-1])
-            parts.append(after)
+            text = self._encode(values[number]) if is_value else texts[number]
+            assert text is not None
+            parts += (text, after)
         return "".join(parts)

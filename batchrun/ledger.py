@@ -356,7 +356,11 @@ class Ledger(LedgerView):
         attempt_id = self._next_attempt
         self._next_attempt += 1
         client_request_id = f"{run.run_id}:{request.slot.row_index}:{attempt_id}"
-        return Intent(attempt_id, request, number, reservation.made_at, client_request_id, reservation.pico)
+        recorded = (
+            attempt_id, run.run, self._invocation, *request.group, request.key, number, client_request_id,
+            reservation.made_at, len(request.body), reservation.pico, request.repair, request.repair_key,
+        )  # fmt: skip
+        return Intent(attempt_id, request, number, reservation.made_at, client_request_id, reservation.pico, recorded)
 
     def commit(self, run: Run, settlements: Sequence[Settlement], intents: Sequence[Intent]) -> None:
         """Settle what arrived and record what goes next, in one transaction.
@@ -364,7 +368,7 @@ class Ledger(LedgerView):
         Raises:
             BrokenPromiseError: an attempt was settled twice or never recorded, or its slot is answered already.
         """
-        settled = [self._sealed(run, settlement) for settlement in settlements]
+        settled = [self._sealed(settlement) for settlement in settlements]
         with self._transaction():
             if settled:
                 if self._db.executemany(_SETTLE, settled).rowcount != len(settled):
@@ -382,7 +386,7 @@ class Ledger(LedgerView):
                 )
                 self._note_repairs(run, settlements)
             if intents:
-                intended = self._db.executemany(_INTEND, [self._intended(run, intent) for intent in intents])
+                intended = self._db.executemany(_INTEND, [intent.recorded for intent in intents])
                 if intended.rowcount != len(intents):
                     raise BrokenPromiseError(
                         Promise.PAID_ONCE, "a row that has its answer was about to be asked again", self.path
@@ -506,15 +510,8 @@ class Ledger(LedgerView):
 
     # --- inside ---------------------------------------------------------------------------------------------
 
-    def _intended(self, run: Run, intent: Intent) -> tuple[Any, ...]:
-        request = intent.request
-        return (
-            intent.attempt_id, run.run, self._invocation, *request.group, request.key, intent.number,
-            intent.client_request_id, intent.sent_at, len(request.body), intent.reserved_pico,
-            request.repair, request.repair_key,
-        )  # fmt: skip
-
-    def _sealed(self, run: Run, settlement: Settlement) -> tuple[Any, ...]:
+    @staticmethod
+    def _sealed(settlement: Settlement) -> tuple[Any, ...]:
         values = _outcome(
             settlement.exchange,
             settlement.settled_at,
@@ -522,7 +519,7 @@ class Ledger(LedgerView):
             held_pico=settlement.held_pico,
             settled_after=settlement.settled_after,
         )
-        sealed = attempt_seal(self._intended(run, settlement.intent), values, settlement.exchange.body.digest)
+        sealed = attempt_seal(settlement.intent.recorded, values, settlement.exchange.body.digest)
         return (*values, sealed, settlement.intent.attempt_id)
 
     def _count(self, run: Run, intents: int, seals: Sequence[int]) -> None:

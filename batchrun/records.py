@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
 from enum import Enum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from batchrun.money import UNKNOWN, Cost
 from batchrun.stored import NOTHING, Stored
@@ -205,6 +205,8 @@ class Intent(NamedTuple):
     client_request_id: str
     reserved_pico: int | None = None
     """The most it can cost, in pico-dollars; None if that is not known."""
+    recorded: tuple[Any, ...] = ()
+    """What the ledger records of it now, and what its seal covers later."""
 
 
 class Settlement(NamedTuple):

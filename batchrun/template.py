@@ -15,7 +15,7 @@ from jinja2 import TemplateError, Undefined
 from jinja2.exceptions import SecurityError, TemplateSyntaxError, UndefinedError
 
 from batchrun.errors import JobError, listed
-from batchrun.form import Form, filled, has_holes, text_hole, value_hole
+from batchrun.form import Form, escaped, filled, has_holes, text_hole, value_hole
 from batchrun.job import Job
 from batchrun.providers import Endpoint
 from batchrun.records import Request, Slot
@@ -69,8 +69,9 @@ class _Requests:
             NotRenderedError: it cannot be sent.
         """
         try:
-            wire = self._wire.json(values).encode()
-            canonical = self._canonical.json(values).encode() if keyed else b""
+            texts = escaped(values)
+            wire = self._wire.json(values, texts).encode()
+            canonical = self._canonical.json(values, texts).encode() if keyed else b""
         except UnicodeEncodeError:
             raise NotRenderedError("the prompt has half of a surrogate pair, which no UTF-8 can carry") from None
         except _NO_JSON as exc:
