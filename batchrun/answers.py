@@ -83,7 +83,7 @@ class Counts:
         return self.ok + self.failed + self.pending
 
 
-class Record(NamedTuple):
+class ResultRow(NamedTuple):
     """One row of an output, by the names of its result columns; in each of them None is null."""
 
     response: str | None
@@ -165,7 +165,7 @@ class Results:
         attempts: Iterable[StandingAttempt],
         faults: Mapping[Slot, str],
         unrepaired: Container[Slot] = (),
-    ) -> tuple[pa.RecordBatch, list[Record]]:
+    ) -> tuple[pa.RecordBatch, list[ResultRow]]:
         """The result columns of input rows `start` ≤ index < `start + rows`, a row per slot; and those rows.
 
         Args:
@@ -186,13 +186,13 @@ class Results:
                 self._record(slot, of_row.get(slot, ()), faults.get(slot), slot in unrepaired)
                 for slot in self._slots.of(row_index)
             ]
-        columns = dict(zip(Record._fields, zip(*records, strict=True), strict=True)) if records else {}
+        columns = dict(zip(ResultRow._fields, zip(*records, strict=True), strict=True)) if records else {}
         arrays = [build(columns.get(field.name.removeprefix(self._prefix), ()), field.type) for field in self.schema]
         return pa.RecordBatch.from_arrays(arrays, schema=self.schema), records
 
     def _record(
         self, slot: Slot, attempts: Sequence[StandingAttempt], fault: str | None, is_unrepaired: bool
-    ) -> Record:
+    ) -> ResultRow:
         made = unknown = pico = 0
         answered = None
         for attempt in attempts:
@@ -216,13 +216,13 @@ class Results:
             status, error = "pending", None
         self.counts.note(status)
         usd_spent, cost_source = _spent(attempts)
-        said = _said(answered) if answered is not None else _NOTHING
+        said = _said(answered) if answered is not None else _NOTHING_SAID
         request_id, client_request_id, key, settled_at = (
             (decisive.request_id, decisive.client_request_id, decisive.key, decisive.settled_at)
             if decisive is not None
             else (None, None, None, None)
         )
-        return Record(
+        return ResultRow(
             said.text, said.finish_reason, said.finish_reason_raw, said.prompt_tokens, said.completion_tokens,
             said.total_tokens, said.cached_tokens, said.reasoning_tokens, usd_spent, cost_source, unknown,
             self._requested[slot.model], said.model, status, error, said.flags, said.reasoning, said.tool_calls, made,
@@ -254,7 +254,7 @@ class _Said(NamedTuple):
     tool_calls: str | None = None
 
 
-_NOTHING = _Said()
+_NOTHING_SAID = _Said()
 
 
 def _said(attempt: StandingAttempt) -> _Said:

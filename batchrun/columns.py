@@ -33,10 +33,9 @@ def build(values: Sequence[Any], kind: pa.DataType) -> pa.Array:
         return pa.nulls(nulls, kind)
     validity = None if not nulls else pa.py_buffer(_bits([value is not None for value in values]))
     if pa.types.is_string(kind):
-        texts: Sequence[str] = [value or "" for value in values] if nulls else values
-        whole = "".join(texts)
-        if whole.isascii():  # a character is a byte
-            offsets, data = _offsets(texts), whole.encode()
+        texts: Sequence[str] = [value if value is not None else "" for value in values] if nulls else values
+        if all(map(str.isascii, texts)):  # a character is a byte
+            offsets, data = _offsets(texts), "".join(texts).encode()
         else:
             encoded = [text.encode("utf-8", "replace") for text in texts]
             offsets, data = _offsets(encoded), b"".join(encoded)

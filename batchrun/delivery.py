@@ -225,6 +225,7 @@ def expected_batches(
             )
             rows = _repeated(batch.rows.slice(start - batch.start, stop - start), plan.slots.number)
             derived = derivation.batch(rows, records)
+            del records  # before all is written
             yield pa.RecordBatch.from_arrays([*rows.columns, *columns.columns, *derived], schema=plan.schema)
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from batchrun.answers import Record
+from batchrun.answers import ResultRow
 from batchrun.columns import build
 from batchrun.errors import JobError, listed
 from batchrun.evaluate import UNANSWERED, Evaluation, Evaluator
@@ -131,7 +131,7 @@ class Derivation:
         self._by_model = len(slots.models) > 1
         self._evaluators = self._evaluators_of(self._setting) if self._setting is not None else []
 
-    def batch(self, rows: pa.RecordBatch, records: Sequence[Record]) -> list[pa.Array]:
+    def batch(self, rows: pa.RecordBatch, records: Sequence[ResultRow]) -> list[pa.Array]:
         """The columns of some slots, all those of each row among them.
 
         Args:
@@ -189,7 +189,7 @@ class Derivation:
             raise JobError(f"evaluate.answer: there is no {wanted!r}: it is one of {listed([*names] or [_RESPONSE])}")
         return wanted
 
-    def _parsed(self, record: Record) -> Parsed:
+    def _parsed(self, record: ResultRow) -> Parsed:
         if not record.is_ok:
             return Parsed(None, None)
         assert self._structure is not None
@@ -230,7 +230,7 @@ class Derivation:
         self,
         setting: EvaluateSetting,
         rows: pa.RecordBatch,
-        records: Sequence[Record],
+        records: Sequence[ResultRow],
         values: Sequence[Any],
         votes: Sequence[Any],
     ) -> Iterator[pa.Array]:

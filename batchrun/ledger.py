@@ -352,7 +352,7 @@ class Ledger(LedgerView):
     # --- attempts -------------------------------------------------------------------------------------------
 
     def intent(self, run: Run, request: Request, number: int, reservation: Reservation) -> Intent:
-        """A new attempt, not yet recorded: `commit` it before it is sent."""
+        """A new attempt, not yet recorded: `commit` it before it is sent. `number`: counted from 1 within the slot."""
         attempt_id = self._next_attempt
         self._next_attempt += 1
         client_request_id = f"{run.run_id}:{request.slot.row_index}:{attempt_id}"
@@ -360,7 +360,7 @@ class Ledger(LedgerView):
             attempt_id, run.run, self._invocation, *request.group, request.key, number, client_request_id,
             reservation.made_at, len(request.body), reservation.pico, request.repair, request.repair_key,
         )  # fmt: skip
-        return Intent(attempt_id, request, number, reservation.made_at, client_request_id, reservation.pico, recorded)
+        return Intent(attempt_id, request, reservation.made_at, client_request_id, reservation.pico, recorded)
 
     def commit(self, run: Run, settlements: Sequence[Settlement], intents: Sequence[Intent]) -> None:
         """Settle what arrived and record what goes next, in one transaction.

@@ -198,15 +198,13 @@ class Intent(NamedTuple):
 
     attempt_id: int
     request: Request
-    number: int
-    """Counted from 1 within the slot."""
     sent_at: int
     """Microseconds since 1970, UTC."""
     client_request_id: str
     reserved_pico: int | None = None
     """The most it can cost, in pico-dollars; None if that is not known."""
     recorded: tuple[Any, ...] = ()
-    """What the ledger records of it now, and what its seal covers later."""
+    """What the ledger holds of it, in its columns' order; its seal covers that, too."""
 
 
 class Settlement(NamedTuple):

@@ -241,7 +241,7 @@ def test_elsewhere_a_plain_line_is_shown_every_30_seconds() -> None:
     progress = Progress(stream, total=10, rows=10, settled=4, usd=Decimal(1), clock=lambda: now)
     exchange = Exchange("ok", usage=Usage(1, 2, 3), cost=Cost(Decimal("0.5"), "reported"))
     request = Request(Slot(0, "m"), "k", b"")
-    progress.settle(Settlement(Intent(1, request, 1, 0, "c"), exchange, 0, is_final=True))
+    progress.settle(Settlement(Intent(1, request, 0, "c"), exchange, 0, is_final=True))
     for second in range(65):
         now = float(second)
         progress.tick()

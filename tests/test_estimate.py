@@ -146,7 +146,7 @@ def test_the_progress_carries_the_projected_total() -> None:
     request = Request(Slot(0, "m"), "k", b"")
     exchange = Exchange("ok", usage=Usage(1, 1, 2), cost=Cost(Decimal("0.02"), "reported"))
     for _ in range(25):
-        progress.settle(Settlement(Intent(1, request, 1, 0, "i"), exchange, 0, is_final=True))
+        progress.settle(Settlement(Intent(1, request, 0, "i"), exchange, 0, is_final=True))
     now = 31.0
     progress.tick()
     assert "$0.5 of about $2, " in stream.getvalue()
@@ -157,7 +157,7 @@ def test_an_estimate_is_called_one_while_it_grows() -> None:
     stream = io.StringIO()
     progress = Progress(stream, total=9, rows=9, settled=0, usd=Decimal(0), tokens=0, clock=lambda: now)
     exchange = Exchange("ok", usage=Usage(1, 1, 2), cost=Cost(Decimal("0.02"), "library"))
-    progress.settle(Settlement(Intent(1, Request(Slot(0, "m"), "k", b""), 1, 0, "i"), exchange, 0, is_final=True))
+    progress.settle(Settlement(Intent(1, Request(Slot(0, "m"), "k", b""), 0, "i"), exchange, 0, is_final=True))
     now = 31.0
     progress.tick()
     assert "$0.02 estimated, " in stream.getvalue()

@@ -31,7 +31,7 @@ def job(**engine: Any) -> Job:
 
 
 def intent(number: int) -> Intent:
-    return Intent(number, Request(Slot(number, "m"), f"k{number}", b"body %d" % number), 1, 0, f"c{number}")
+    return Intent(number, Request(Slot(number, "m"), f"k{number}", b"body %d" % number), 0, f"c{number}")
 
 
 class _Method:
