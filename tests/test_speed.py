@@ -18,6 +18,7 @@ FLOOR = Path(__file__).parent / "bench" / "floor.py"
 BATCHRUN = [sys.executable, "-m", "batchrun"]
 MB_AT_A_MILLION, MB_MORE = 256, 32
 _TRIES = 3
+"""Whoever else has the cores can only make it slower."""
 
 
 def test_as_many_requests_are_in_flight_as_the_job_allows_and_never_more(tmp_path: Path) -> None:
@@ -62,19 +63,13 @@ def test_streams_stay_near_the_floor(tmp_path: Path) -> None:
 def test_the_provider_is_kept_busy(tmp_path: Path, concurrency: int, latency: float) -> None:
     rows = 40 * concurrency
     source = write_input(tmp_path / "in.csv", rows)
-    bare = [sys.executable, str(FLOOR), "aiohttp", str(rows), "", str(concurrency)]
-    ours: list[float] = []
-    floor: list[float] = []
-    # Whoever else has the cores only makes either slower.
-    while len(ours) < _TRIES and (not ours or min(floor) < 0.7 * min(ours)):
-        with stub(tmp_path, latency=latency) as server:
-            bare[4] = server.base_url
-            floor.append(measured(bare, server, tmp_path / "log").sending)
+    shares = []
+    while len(shares) < _TRIES and (not shares or shares[-1] < 0.7):
         with stub(tmp_path, latency=latency) as server:
             found = measured([*BATCHRUN, str(write_job(tmp_path, source, concurrency))], server, tmp_path / "log")
         assert found.most_in_flight == concurrency
-        ours.append(found.sending)
-    assert min(floor) >= 0.7 * min(ours), (floor, ours)
+        shares.append(rows * latency / concurrency / found.sending)
+    assert shares[-1] >= 0.7, shares
 
 
 @pytest.mark.slow
