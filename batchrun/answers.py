@@ -13,7 +13,7 @@ import pyarrow as pa
 from batchrun.columns import build
 from batchrun.money import COST_SOURCES, PICO_PER_USD, from_pico
 from batchrun.records import Answer, RowSlots, Slot, StandingAttempt, seconds
-from batchrun.wire import read_answer
+from batchrun.wire import read_kept
 
 _COLUMNS: tuple[tuple[str, pa.DataType], ...] = (
     ("response", pa.string()),
@@ -175,22 +175,22 @@ class Results:
         """
         left = iter(attempts)
         attempt = next(left, None)
-        records = []
+        result_rows: list[ResultRow] = []
         for row_index in range(start, start + rows):
             of_row: dict[tuple[int, str, int], list[StandingAttempt]] = {}
             while attempt is not None and attempt.row_index <= row_index:
                 of_row.setdefault(attempt[:3], []).append(attempt)
                 attempt = next(left, None)
             # Attempts of another model than the job's have no row here.
-            records += [
-                self._record(slot, of_row.get(slot, ()), faults.get(slot), slot in unrepaired)
+            result_rows += [
+                self._row(slot, of_row.get(slot, ()), faults.get(slot), slot in unrepaired)
                 for slot in self._slots.of(row_index)
             ]
-        columns = dict(zip(ResultRow._fields, zip(*records, strict=True), strict=True)) if records else {}
+        columns = dict(zip(ResultRow._fields, zip(*result_rows, strict=True), strict=True)) if result_rows else {}
         arrays = [build(columns.get(field.name.removeprefix(self._prefix), ()), field.type) for field in self.schema]
-        return pa.RecordBatch.from_arrays(arrays, schema=self.schema), records
+        return pa.RecordBatch.from_arrays(arrays, schema=self.schema), result_rows
 
-    def _record(
+    def _row(
         self, slot: Slot, attempts: Sequence[StandingAttempt], fault: str | None, is_unrepaired: bool
     ) -> ResultRow:
         made = unknown = pico = 0
@@ -216,18 +216,22 @@ class Results:
             status, error = "pending", None
         self.counts.note(status)
         usd_spent, cost_source = _spent(attempts)
-        said = _said(answered) if answered is not None else _NOTHING_SAID
-        request_id, client_request_id, key, settled_at = (
-            (decisive.request_id, decisive.client_request_id, decisive.key, decisive.settled_at)
-            if decisive is not None
-            else (None, None, None, None)
-        )
+        prompt = completion = total = cached = reasoning = latency = first_token = None
+        said = _NOTHING_SAID
+        if answered is not None:
+            said = _said(answered)
+            prompt, completion, total = answered.prompt_tokens, answered.completion_tokens, answered.total_tokens
+            cached, reasoning = answered.cached_tokens, answered.reasoning_tokens
+            latency, first_token = seconds(answered.latency_us), seconds(answered.first_token_us)
+        request_id = client_request_id = key = settled_at = None
+        if decisive is not None:
+            request_id, client_request_id = decisive.request_id, decisive.client_request_id
+            key, settled_at = decisive.key, decisive.settled_at
         return ResultRow(
-            said.text, said.finish_reason, said.finish_reason_raw, said.prompt_tokens, said.completion_tokens,
-            said.total_tokens, said.cached_tokens, said.reasoning_tokens, usd_spent, cost_source, unknown,
-            self._requested[slot.model], said.model, status, error, said.flags, said.reasoning, said.tool_calls, made,
-            said.latency_seconds, request_id, client_request_id, key, self._run_id, settled_at,
-            said.first_token_seconds, slot.sample, any(attempt.is_reused for attempt in attempts),
+            said.text, said.finish_reason, said.finish_reason_raw, prompt, completion, total, cached, reasoning,
+            usd_spent, cost_source, unknown, self._requested[slot.model], said.model, status, error, said.flags,
+            said.reasoning, said.tool_calls, made, latency, request_id, client_request_id, key, self._run_id,
+            settled_at, first_token, slot.sample, any(attempt.is_reused for attempt in attempts),
             pico if attempts and not unknown else None,
         )  # fmt: skip
 
@@ -236,15 +240,8 @@ _UNREPAIRED = "its answer does not fit, and it is to be asked again"
 
 
 class _Said(NamedTuple):
-    """What an answer says, and took."""
+    """What an answer says."""
 
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
-    total_tokens: int | None = None
-    cached_tokens: int | None = None
-    reasoning_tokens: int | None = None
-    latency_seconds: float | None = None
-    first_token_seconds: float | None = None
     flags: Sequence[str] = ()
     text: str | None = None
     finish_reason: str | None = None
@@ -259,21 +256,16 @@ _NOTHING_SAID = _Said()
 
 def _said(attempt: StandingAttempt) -> _Said:
     flags = attempt.flags.split(",") if attempt.flags else []
-    taken = (
-        attempt.prompt_tokens, attempt.completion_tokens, attempt.total_tokens, attempt.cached_tokens,
-        attempt.reasoning_tokens, seconds(attempt.latency_us), seconds(attempt.first_token_us),
-    )  # fmt: skip
     if attempt.body is None:
-        return _Said(*taken, flags)
-    answer = read_answer(attempt.body, {}, streamed=bool(attempt.streamed), counts=False)
+        return _Said(flags)
+    answer = read_kept(attempt.body, streamed=bool(attempt.streamed))
     if not isinstance(answer, Answer):
         # It could be read when it came: it was damaged since, or this version reads it no more.
-        return _Said(*taken, [*flags, "unreadable"])
+        return _Said([*flags, "unreadable"])
     tool_calls = json.dumps(answer.tool_calls, ensure_ascii=False) if answer.tool_calls else None
     return _Said(
-        *taken, flags, answer.text, answer.finish_reason, answer.finish_reason_raw, answer.model, answer.reasoning,
-        tool_calls,
-    )  # fmt: skip
+        flags, answer.text, answer.finish_reason, answer.finish_reason_raw, answer.model, answer.reasoning, tool_calls
+    )
 
 
 def _spent(attempts: Sequence[StandingAttempt]) -> tuple[float | None, str | None]:

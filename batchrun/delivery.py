@@ -216,7 +216,7 @@ def expected_batches(
     for batch in plan.source.batches():
         wait(batch.start, batch.start + batch.rows.num_rows)
         for start, stop in _pieces(ledger, run, batch.start, batch.start + batch.rows.num_rows):
-            columns, records = results.batch(
+            columns, result_rows = results.batch(
                 start,
                 stop - start,
                 ledger.standing(run, start, stop),
@@ -224,8 +224,8 @@ def expected_batches(
                 ledger.repairs_wanted(run, start, stop),
             )
             rows = _repeated(batch.rows.slice(start - batch.start, stop - start), plan.slots.number)
-            derived = derivation.batch(rows, records)
-            del records  # before all is written
+            derived = derivation.batch(rows, result_rows)
+            del result_rows  # before all is written
             yield pa.RecordBatch.from_arrays([*rows.columns, *columns.columns, *derived], schema=plan.schema)
 
 

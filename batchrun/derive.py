@@ -131,7 +131,7 @@ class Derivation:
         self._by_model = len(slots.models) > 1
         self._evaluators = self._evaluators_of(self._setting) if self._setting is not None else []
 
-    def batch(self, rows: pa.RecordBatch, records: Sequence[ResultRow]) -> list[pa.Array]:
+    def batch(self, rows: pa.RecordBatch, result_rows: Sequence[ResultRow]) -> list[pa.Array]:
         """The columns of some slots, all those of each row among them.
 
         Args:
@@ -140,19 +140,19 @@ class Derivation:
         arrays: list[pa.Array] = []
         values: list[Any] | None = None
         if self._structure is not None:
-            parsed = [self._parsed(record) for record in records]
+            parsed = [self._parsed(row) for row in result_rows]
             arrays += self._structure.arrays(parsed)
             values = [self._compared(answer.value) for answer in parsed]
             self._count(parsed)
         if self._setting is None and not self._votes:
             return arrays
         if values is None:
-            values = [record.text for record in records]
+            values = [row.text for row in result_rows]
         votes = [vote(values[start : start + self._group]) for start in range(0, len(values), self._group)]
         if self._votes:
             arrays += self._vote_arrays(votes)
         if self._setting is not None:
-            arrays += self._score_arrays(self._setting, rows, records, values, [value for value, _ in votes])
+            arrays += self._score_arrays(self._setting, rows, result_rows, values, [value for value, _ in votes])
         return arrays
 
     @cached_property
@@ -189,11 +189,11 @@ class Derivation:
             raise JobError(f"evaluate.answer: there is no {wanted!r}: it is one of {listed([*names] or [_RESPONSE])}")
         return wanted
 
-    def _parsed(self, record: ResultRow) -> Parsed:
-        if not record.is_ok:
+    def _parsed(self, row: ResultRow) -> Parsed:
+        if not row.is_ok:
             return Parsed(None, None)
         assert self._structure is not None
-        return self._structure.parse(record.text, is_cut=record.is_cut)
+        return self._structure.parse(row.text, is_cut=row.is_cut)
 
     def _compared(self, value: Any) -> Any:
         if value is None or self._structure is None or not self._structure.has_properties:
@@ -230,18 +230,17 @@ class Derivation:
         self,
         setting: EvaluateSetting,
         rows: pa.RecordBatch,
-        records: Sequence[ResultRow],
+        result_rows: Sequence[ResultRow],
         values: Sequence[Any],
         votes: Sequence[Any],
     ) -> Iterator[pa.Array]:
         wanted = self._input_column(rows, setting.expected)
         # What has no answer yet, or will have none, is neither right nor wrong.
         expected = [
-            value if record.is_ok or value is None else UNANSWERED
-            for value, record in zip(wanted, records, strict=True)
+            value if row.is_ok or value is None else UNANSWERED for value, row in zip(wanted, result_rows, strict=True)
         ]
         slices = {name: self._input_column(rows, name) for name in setting.by}
-        usd = [None if record.usd_pico is None else from_pico(record.usd_pico) for record in records]
+        usd = [None if row.usd_pico is None else from_pico(row.usd_pico) for row in result_rows]
         if self._by_model:
             models = [slot.model for slot in self._slots.of(0)]
             slices[_MODEL] = models * (len(wanted) // len(models))

@@ -22,7 +22,7 @@ from batchrun.chat import priced
 from batchrun.errors import BatchrunError, ClusterError, JobError, oneline
 from batchrun.job import Job
 from batchrun.money import NOT_BILLED
-from batchrun.node import GATHERED_SECONDS, Found, Orders, Parcel, Proof, build, digest
+from batchrun.node import Found, Gathering, Orders, Parcel, Proof, build, digest
 from batchrun.prices import Pricing
 from batchrun.providers import Endpoint, is_loopback
 from batchrun.records import Action, Exchange, Failure, Intent
@@ -82,7 +82,7 @@ class _Hand:
     """Not yet given to it."""
     asked: dict[int, _Asked] = field(default_factory=dict)
     """By the attempt's id: given to it, and nothing is known of it since."""
-    woken: asyncio.Event = field(default_factory=asyncio.Event)
+    gathering: Gathering = field(default_factory=Gathering)
     has_found: bool = False
 
     @property
@@ -287,9 +287,8 @@ class ClusterSender:
 
     async def _give(self, hand: _Hand) -> None:
         while True:
-            await hand.woken.wait()
-            await asyncio.sleep(GATHERED_SECONDS)
-            hand.woken.clear()
+            await hand.gathering.gathered(lambda: hand.load)
+            hand.gathering.clear()
             while hand.queue:
                 parcel: Parcel = []
                 size = 0
@@ -325,7 +324,7 @@ class ClusterSender:
             hands = self._hands if len(self._hands) <= _FEW else random.sample(self._hands, 2)
             hand = min(hands, key=lambda hand: hand.load)
             hand.queue.append(asked)
-            hand.woken.set()
+            hand.gathering.note(len(hand.queue))
 
     async def _lose(self, hand: _Hand, why: BaseException) -> None:
         """Settle what a worker had."""

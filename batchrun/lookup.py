@@ -16,7 +16,7 @@ from batchrun.plan import Plan
 from batchrun.records import Answer
 from batchrun.stored import Unpacker, UnpackError
 from batchrun.template import NotRenderedError
-from batchrun.wire import read_answer
+from batchrun.wire import read_kept
 
 
 class Lookup:
@@ -91,7 +91,7 @@ class Lookup:
             raw = Unpacker().unpack(body)
         except UnpackError:
             return None
-        found = read_answer(raw, {}, streamed=bool(streamed), counts=False)
+        found = read_kept(raw, streamed=bool(streamed))
         return found if isinstance(found, Answer) else None
 
 

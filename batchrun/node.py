@@ -9,6 +9,7 @@ import asyncio
 import os
 import pickle
 import socket
+from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from hashlib import blake2b
@@ -24,13 +25,39 @@ from batchrun.records import Action, Exchange, Failure
 
 SIGN_SECONDS = 2.0
 _MOST_FOUND_BYTES = 8 * 1024 * 1024
-GATHERED_SECONDS = 0.02
-"""So long what is to go to the other side waits for more: a message costs as much as ten rows."""
+_SECONDS_EACH, _MOST_SECONDS = 0.0001, 0.05
+_ENOUGH = 200
 
 Parcel = list[tuple[int, bytes, str]]
 """Requests: the attempt's id, the body, our request id."""
 Found = list[tuple[int, Exchange]]
 """What became of attempts."""
+
+
+class Gathering:
+    """When that goes to the other side which waits for it: together, for a message costs as much as ten rows."""
+
+    def __init__(self) -> None:
+        self._some = asyncio.Event()
+        self._enough = asyncio.Event()
+
+    def note(self, waiting: int) -> None:
+        """So many wait now."""
+        self._some.set()
+        if waiting >= _ENOUGH:
+            self._enough.set()
+
+    async def gathered(self, in_flight: Callable[[], int]) -> None:
+        """Return once enough wait, or some for a while; a short one if there are few that could come yet."""
+        await self._some.wait()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(min(in_flight() * _SECONDS_EACH, _MOST_SECONDS)):
+                await self._enough.wait()
+
+    def clear(self) -> None:
+        """None wait any more."""
+        self._some.clear()
+        self._enough.clear()
 
 
 class Orders(NamedTuple):
@@ -83,7 +110,7 @@ class Worker:
         self._chat: Chat | None = None
         self._asking: set[asyncio.Task[None]] = set()
         self._found: Found = []
-        self._has_found = asyncio.Event()
+        self._gathering = Gathering()
 
     async def prove(self) -> tuple[Any, ...]:
         """Make ready, and show it: a `Proof`."""
@@ -117,8 +144,7 @@ class Worker:
         """Wait until some requests are done: a pickled `Found`; an empty one is a sign of life."""
         with suppress(TimeoutError):
             async with asyncio.timeout(SIGN_SECONDS):
-                await self._has_found.wait()
-                await asyncio.sleep(GATHERED_SECONDS)
+                await self._gathering.gathered(lambda: len(self._asking) + len(self._found))
         size = count = 0
         while count < len(self._found) and size < _MOST_FOUND_BYTES:
             size += self._found[count][1].body.size
@@ -126,7 +152,7 @@ class Worker:
         packed = pickle.dumps(self._found[:count], pickle.HIGHEST_PROTOCOL)
         del self._found[:count]
         if not self._found:
-            self._has_found.clear()
+            self._gathering.clear()
         return packed
 
     async def _ask(self, attempt_id: int, body: bytes, client_request_id: str) -> None:
@@ -137,4 +163,4 @@ class Worker:
             why = f"{type(exc).__name__} while it was asked, on {socket.gethostname()}"
             exchange = Exchange("unknown", failure=Failure("interrupted", Action.RETRY, why))
         self._found.append((attempt_id, exchange))
-        self._has_found.set()
+        self._gathering.note(len(self._found))

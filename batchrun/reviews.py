@@ -9,7 +9,7 @@ from batchrun.ledger_view import LedgerView, Run, StoredAnswer
 from batchrun.records import Answer, Group, Request, Review, Slot
 from batchrun.structure import Structure
 from batchrun.template import Template
-from batchrun.wire import read_answer
+from batchrun.wire import read_kept
 
 _ROWS_AT_ONCE = 1000
 
@@ -101,5 +101,5 @@ class Reviews:
 
 
 def _read(body: bytes, *, streamed: bool) -> Answer:
-    answer = read_answer(body, {}, streamed=streamed, counts=False)
+    answer = read_kept(body, streamed=streamed)
     return answer if isinstance(answer, Answer) else Answer(None, "unknown")

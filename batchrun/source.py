@@ -32,7 +32,6 @@ from batchrun.written import MANIFEST_KEY, PART_KEY
 _OWN = (MANIFEST_KEY.encode(), PART_KEY.encode())
 _LOOK_SECONDS, _LOOK_SHARE = 5.0, 20
 """Between two looks at a store: so long at least, and so many times as long as a look takes."""
-"""Between looks at a store, whether the input has changed."""
 
 _BY_SUFFIX = {
     ".csv": "csv",

@@ -126,26 +126,27 @@ def _is_elsewhere(part: Any) -> bool:
 
 
 def read_answer(
-    raw: bytes, headers: Mapping[str, str], *, streamed: bool, cost_in_usage: bool = False, counts: bool = True
+    raw: bytes, headers: Mapping[str, str], *, streamed: bool, cost_in_usage: bool = False
 ) -> Answer | Failure:
     """Read a whole successful (2xx) answer. `headers` has lower-case names; `{}` when read from the ledger."""
-    reader = AnswerReader(headers, streamed=streamed, cost_in_usage=cost_in_usage, counts=counts)
+    reader = AnswerReader(headers, streamed=streamed, cost_in_usage=cost_in_usage)
     reader.feed(raw)
     return reader.close()
+
+
+def read_kept(raw: bytes, *, streamed: bool) -> Answer | Failure:
+    """Read an answer that the ledger has kept, for what it says. Its usage and cost are what the ledger has of them."""
+    usual = _usual_answer(raw) if not streamed else None
+    return usual or read_answer(raw, {}, streamed=streamed)
 
 
 class AnswerReader:
     """Bytes of a 2xx answer in, an `Answer` or a `Failure` out.
 
     The same for a plain and a streamed answer: a server may ignore `stream: true` and send one document.
-
-    Args:
-        counts: whether to read usage and cost; not needed where the ledger has them.
     """
 
-    def __init__(
-        self, headers: Mapping[str, str], *, streamed: bool, cost_in_usage: bool = False, counts: bool = True
-    ) -> None:
+    def __init__(self, headers: Mapping[str, str], *, streamed: bool, cost_in_usage: bool = False) -> None:
         self._headers = headers
         self._cost_in_usage = cost_in_usage
         self._events: EventParser | None = EventParser() if streamed else None
@@ -155,8 +156,7 @@ class AnswerReader:
         self._unread_bytes = 0
         self._end = b""
         """The last bytes that came, in which the end may have begun."""
-        self._counts = counts
-        self._merged = _Merged(counts)
+        self._merged = _Merged()
         self.is_done = False
         """True once `[DONE]` has come: nothing after it counts."""
 
@@ -337,8 +337,6 @@ class AnswerReader:
 
     def _reported(self) -> tuple[Decimal | None, str | None, Decimal | None, bool]:
         """Dollars, their source, credits, and whether the two disagree."""
-        if not self._counts:
-            return None, None, None, False
         usd, source, credits_used, disagree = _reported(self._merged.meta, self._headers)
         if usd is None:
             cost = self._merged.cost if self._cost_in_usage else None
@@ -377,8 +375,7 @@ def _sound_tool(call: dict[str, Any]) -> dict[str, object]:
 class _Merged:
     """What the documents of one answer add up to; a plain answer is a stream of one."""
 
-    def __init__(self, counts: bool) -> None:
-        self._counts = counts
+    def __init__(self) -> None:
         self.usage = NO_USAGE
         self.meta: dict[str, Any] = {}
         self.cost: Any = None
@@ -434,14 +431,9 @@ class _Merged:
         if document.get("error") or is_error(document):
             self.fail(failure_of(document, headers))
         if isinstance(groq := document.get("x_groq"), dict):
-            if self._counts:
-                self.usage = merge(self.usage, read_usage(groq.get("usage")))
+            self.usage = merge(self.usage, read_usage(groq.get("usage")))
             if groq.get("error"):
                 self.fail(failure_of({"error": groq["error"]}, headers))
-        if self._counts:
-            self._take_counts(document)
-
-    def _take_counts(self, document: Mapping[str, Any]) -> None:
         if isinstance(usage := document.get("usage"), dict):
             self.usage = merge(self.usage, read_usage(usage))
             if usage.get("cost") is not None:
@@ -555,6 +547,33 @@ def _usual_piece(document: Mapping[str, Any]) -> str | None:
         return None
     content = delta.get("content")
     return content if type(content) is str else None
+
+
+_DOCUMENT = _CHUNK | {"meta"}
+_DOCUMENT_CHOICE = {"index", "message", "finish_reason", "logprobs"}
+_NOTHING: tuple[object, ...] = (None, "", [])
+
+
+def _usual_answer(raw: bytes) -> Answer | None:
+    """What a document says, but for its counts, that brings a text and nothing else, as nearly all do."""
+    try:
+        document = parse_json(raw)
+    except ValueError:
+        return None
+    if type(document) is not dict or not document.keys() <= _DOCUMENT:
+        return None
+    choices, model, answer_id = document.get("choices"), document.get("model"), document.get("id")
+    if type(choices) is not list or len(choices) != 1 or type(choice := choices[0]) is not dict:
+        return None
+    if choice.get("index") != 0 or choice.get("finish_reason") != "stop" or not choice.keys() <= _DOCUMENT_CHOICE:
+        return None
+    message = choice.get("message")
+    if type(message) is not dict or any(message[name] not in _NOTHING for name in message.keys() - _PLAIN):
+        return None
+    text = message.get("content")
+    if not (type(text) is type(model) is type(answer_id) is str and text.strip() and model and answer_id):
+        return None
+    return Answer(sound(text), "stop", "stop", model=sound(model), answer_id=sound(answer_id))
 
 
 def _first_choice(choices: Sequence[object]) -> Mapping[str, Any] | None:

@@ -275,8 +275,9 @@ def test_a_place_where_workers_die_at_once_is_filled_ever_more_slowly(monkeypatc
 
 
 @pytest.mark.parametrize("is_dying", [False, True], ids=["answers", "dies"])
-def test_what_a_worker_was_given_is_never_told_as_never_sent(is_dying: bool) -> None:
+def test_what_a_worker_was_given_is_never_told_as_never_sent(is_dying: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cancelled at any moment, as by a second signal."""
+    monkeypatch.setattr(node, "_SECONDS_EACH", 0.0025)
     chance = random.Random(3)
     kinds: set[str] = set()
     for _ in range(60):
@@ -356,3 +357,26 @@ def test_a_worker_that_is_not_as_it_should_be_is_refused(prove: Any, kind: type[
     with pytest.raises(kind, match=said):
         send(cluster, lambda sender: sender.send(intent(1)))
     assert cluster.asked == []
+
+
+def test_what_waits_for_more_goes_once_it_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A message is costly: many go together, and few do not wait for what will not come."""
+    monkeypatch.setattr(node, "_MOST_SECONDS", 3600.0)
+
+    async def goes(waiting: int, in_flight: int) -> bool:
+        gathering = node.Gathering()
+        if waiting:
+            gathering.note(waiting)
+        try:
+            await asyncio.wait_for(gathering.gathered(lambda: in_flight), 0.5)
+        except TimeoutError:
+            return False
+        return True
+
+    async def main() -> None:
+        assert await goes(node._ENOUGH, 10**9)
+        assert await goes(1, 1)
+        assert not await goes(1, 10**9)
+        assert not await goes(0, 1)
+
+    asyncio.run(main())

@@ -18,7 +18,7 @@ from batchrun.prices import Price
 from batchrun.records import Action, Answer, Failure
 from batchrun.sse import EventParser
 from batchrun.usage import Usage, count, merge, read_usage, settle
-from batchrun.wire import AnswerReader, read_answer, request_body
+from batchrun.wire import AnswerReader, read_answer, read_kept, request_body
 
 CASES = [
     json.loads(line)
@@ -139,6 +139,50 @@ def test_no_json_of_any_shape_raises(document: Any) -> None:
         assert isinstance(read_answer(raw, {}, streamed=streamed), (Answer, Failure))
     assert isinstance(read_answer(b"data: " + raw + b"\n\n", {}, streamed=True), (Answer, Failure))
     assert isinstance(read_failure(500, {}, raw), Failure)
+
+
+def said(found: Answer | Failure) -> Answer | Failure:
+    """Without what a kept answer need not tell."""
+    if isinstance(found, Failure):
+        return found
+    flags = tuple(flag for flag in found.flags if flag not in ("zero_usage", "cost_mismatch"))
+    return found._replace(usage=Usage(), usd=None, usd_source=None, credits_used=None, flags=flags)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case["kind"] == "json"], ids=lambda case: case["id"])
+def test_a_kept_answer_says_what_it_said_when_it_came(case: dict[str, Any]) -> None:
+    raw = case["body"].encode()
+    assert said(read_kept(raw, streamed=False)) == said(read_answer(raw, {}, streamed=False))
+
+
+UNUSUAL = [
+    *(
+        ("message", name)
+        for name in ("content", "refusal", "reasoning", "reasoning_content", "tool_calls", "annotations")
+    ),
+    *(("choice", name) for name in ("index", "finish_reason", "message", "delta", "text", "error", "logprobs")),
+    *(("document", name) for name in ("id", "model", "choices", "usage", "meta", "error", "event", "state", "x_groq")),
+]
+VALUES = [
+    None, "", " ", "text", "length", "\ud800", "\ud83d\ude00", 0, 1, False, 0.5, "0", [], {}, ["a"],
+    {"content": "other"}, [{"id": "call", "function": {"name": "f", "arguments": "{}"}}],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNUSUAL, ids="-".join)
+@settings(max_examples=100)
+@given(value=st.sampled_from(VALUES), also=st.none() | st.tuples(st.sampled_from(UNUSUAL), st.sampled_from(VALUES)))
+def test_a_kept_answer_that_is_a_little_unusual_says_what_it_said(
+    name: tuple[str, str], value: Any, also: tuple[tuple[str, str], Any] | None
+) -> None:
+    message: dict[str, Any] = {"role": "assistant", "content": "Positive."}
+    choice: dict[str, Any] = {"index": 0, "message": message, "finish_reason": "stop"}
+    document: dict[str, Any] = {"id": "x", "model": "m", "choices": [choice], "usage": {"prompt_tokens": 1}}
+    holders = {"message": message, "choice": choice, "document": document}
+    for (holder, key), new in [(name, value), *([also] if also is not None else [])]:
+        holders[holder][key] = new
+    raw = json.dumps(document).encode()
+    assert said(read_kept(raw, streamed=False)) == said(read_answer(raw, {}, streamed=False))
 
 
 @given(
