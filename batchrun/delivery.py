@@ -18,8 +18,7 @@ from batchrun.exports import write_table
 from batchrun.ledger_view import LedgerView, Run
 from batchrun.money import exact_json, usd_text
 from batchrun.plan import Plan
-from batchrun.remote import AnyPath
-from batchrun.sink import Parts
+from batchrun.sink import Destination
 from batchrun.spending import over_cap
 from batchrun.summary import Summary
 
@@ -52,18 +51,16 @@ def write_output(
     plan: Plan,
     ledger: LedgerView,
     run: Run,
-    output: AnyPath,
+    destination: Destination,
     summary: Callable[[], Summary],
     wait: Callable[[int, int], None] = lambda start, stop: None,
     names: Sequence[str] | None = None,
-    parts: Parts | None = None,
 ) -> Derivation:
     """Write the Parquet of a run; what was made of its answers.
 
     Args:
         summary: called after the last row.
         names: the columns to write; None for all.
-        parts: of an output that is a folder.
         wait: called before the rows `start` ≤ index < `stop` are looked up; returns when nothing more happens to them.
 
     Raises:
@@ -85,7 +82,7 @@ def write_output(
     if names is not None:
         schema = pa.schema([schema.field(name) for name in names])
         batches = (batch.select(names) for batch in batches)
-    write_table(output, schema, batches, manifest, parts)
+    write_table(destination, schema, batches, manifest)
     return derivation
 
 
@@ -114,12 +111,11 @@ class EarlyOutput:
     It goes as far as the first row that is not settled yet, waits there for the end of the run, and ends the file then.
     """
 
-    def __init__(self, plan: Plan, run: Run, output: AnyPath, parts: Parts | None, *, retry_failed: bool) -> None:
+    def __init__(self, plan: Plan, run: Run, destination: Destination, *, retry_failed: bool) -> None:
         self._plan = plan
         self._retry_failed = retry_failed
         self._run = run
-        self._output = output
-        self._parts = parts
+        self._destination = destination
         self._is_begun = False
         self._is_over = threading.Event()
         self._is_given_up = False
@@ -170,15 +166,7 @@ class EarlyOutput:
                     ):
                         self._last_word()
 
-                self._derivation = write_output(
-                    self._plan,
-                    ledger,
-                    self._run,
-                    self._output,
-                    self._last_word,
-                    wait,
-                    parts=self._parts,
-                )
+                self._derivation = write_output(self._plan, ledger, self._run, self._destination, self._last_word, wait)
         except _GivenUpError:
             pass
         except BaseException as exc:  # noqa: BLE001 - it is for whoever waits for the file

@@ -20,7 +20,7 @@ from batchrun.errors import JobError, StorageError, listed
 from batchrun.folders import appearing
 from batchrun.plain import plain_column
 from batchrun.remote import AnyPath
-from batchrun.sink import Parts, write_parquet, write_parts
+from batchrun.sink import Destination, write_parquet, write_parts
 
 ENDINGS = (".csv", ".jsonl", ".parquet")
 
@@ -42,25 +42,19 @@ def check_export(path: AnyPath, columns: Sequence[str] | None, schema: pa.Schema
 
 
 def write_table(
-    path: AnyPath,
-    schema: pa.Schema,
-    batches: Iterable[pa.RecordBatch],
-    manifest: Callable[[], str],
-    parts: Parts | None = None,
+    destination: Destination, schema: pa.Schema, batches: Iterable[pa.RecordBatch], manifest: Callable[[], str]
 ) -> None:
     """Write batches of a schema.
-
-    Args:
-        parts: of a Parquet that is a folder.
 
     CSV and JSONL hold what has no form in them (bytes, moments, lists in CSV) as text, JSONL NaN and infinity as null.
 
     Raises:
         StorageError: it cannot be written; what stood there before is untouched.
     """
-    if parts is not None:
-        write_parts(path, schema, batches, manifest, parts)
+    if destination.part_bytes is not None:
+        write_parts(destination, schema, batches, manifest)
         return
+    path = destination.path
     match path.suffix.lower():
         case ".parquet":
             write_parquet(path, schema, batches, manifest)

@@ -24,7 +24,7 @@ from batchrun.plan import Plan, place
 from batchrun.prices import Pricing
 from batchrun.providers import resolve
 from batchrun.records import RowFault, now_us
-from batchrun.sink import check_owned
+from batchrun.sink import Destination, check_owned
 from batchrun.spending import pricings_of, refuse_boundless
 from batchrun.summary import Summary
 from batchrun.template import NotRenderedError
@@ -213,21 +213,20 @@ def rewrite(
     """
     ledger.refuse_pruned(run, "be exported any more")
     plan = Plan.to_read(job.with_shape_of(known.job), known.endpoint)
-    output = plan.output_path(run)
+    destination = plan.destination(run, adopts=adopts)
+    output = destination.path
     if to is not None:
         if isinstance(output, Path) and to.absolute().resolve() == output.resolve():
             raise JobError(f"--to: {to} is the output of the job itself: name another file, or leave --to out")
         if to.absolute().parent == output:
             raise JobError(f"--to: {to} is in the folder of the job's own output: name another place")
-        output = plan.refuse_own(to.absolute(), "--to")
+        destination = Destination(plan.refuse_own(to.absolute(), "--to"))
     names = check_export(to, columns, plan.schema) if to is not None else plan.schema.names
     rows = place(plan, ledger, run)
-    summary = replace(summarise(plan, ledger, run, rows), output=str(output), reason=known.reason)
-    parts = None
+    summary = replace(summarise(plan, ledger, run, rows), output=str(destination.path), reason=known.reason)
     if to is None:
-        parts = plan.parts(run, adopts=adopts)
-        check_owned(output, plan.replaced(adopts=adopts), in_parts=parts is not None)
-    derivation = write_output(plan, ledger, run, output, lambda: summary, names=names, parts=parts)
+        check_owned(destination)
+    derivation = write_output(plan, ledger, run, destination, lambda: summary, names=names)
     if to is None:
         ledger.note_output(run)
     # Answers that do not fit were told of by the run.

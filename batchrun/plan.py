@@ -24,7 +24,7 @@ from batchrun.rates import prompt_tokens
 from batchrun.records import Asked, Request, RowFault, RowSlots, Slot, utc
 from batchrun.remote import AnyPath
 from batchrun.reviews import Reviews
-from batchrun.sink import Parts, check_schema
+from batchrun.sink import Destination, check_schema
 from batchrun.source import Batch, Source
 from batchrun.template import NotRenderedError, Template
 from batchrun.uniqueness import UniqueValues
@@ -132,16 +132,15 @@ class Plan:
         path = self.job.place_of(self.job.output.path.format(run_id=run.run_id, date=started.strftime("%Y-%m-%d")))
         return self.refuse_own(path, "output")
 
-    def replaced(self, *, adopts: bool) -> str | None:
-        """The job whose output may be replaced; None for any job. `adopts`: this job was another one."""
-        return None if adopts else self.job.name
-
-    def parts(self, run: Run, *, adopts: bool) -> Parts | None:
-        """How the output is written, if it is a folder. `adopts`: see `replaced`."""
-        most = self.job.output.part_mb
-        if most is None:
-            return None
-        return Parts(most * 1_000_000, {"job": self.job.name, "run_id": run.run_id}, self.replaced(adopts=adopts))
+    def destination(self, run: Run, *, adopts: bool) -> Destination:
+        """Where a run's output goes, and how. `adopts`: this job was another one, whose output may stand there."""
+        part_mb = self.job.output.part_mb
+        return Destination(
+            self.output_path(run),
+            replaces=None if adopts else self.job.name,
+            part_bytes=part_mb * 1_000_000 if part_mb is not None else None,
+            label={"job": self.job.name, "run_id": run.run_id},
+        )
 
     def refuse_own(self, path: AnyPath, where: str) -> AnyPath:
         """A path that is to be written to, if nothing of the job stands there. `where`: what names it.

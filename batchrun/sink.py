@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,18 +36,25 @@ _GROUPS_IN_PART = 8
 
 
 @dataclass(frozen=True)
-class Parts:
-    """How an output that is a folder is written.
+class Destination:
+    """Where an output goes.
 
     Attributes:
-        most_bytes: of a part; only a single row may be longer.
-        label: what the parts say of themselves: the job and the run.
-        replaces: the job whose parts may stand there before; None for any job.
+        path: the file, or the folder of parts.
+        replaces: the job whose output may stand there before; None for any job.
+        part_bytes: the most of a part, and only a single row may be longer; None for a file.
+        label: what parts say of themselves: the job and the run.
     """
 
-    most_bytes: int
-    label: dict[str, str]
-    replaces: str | None
+    path: AnyPath
+    replaces: str | None = None
+    part_bytes: int | None = None
+    label: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def manifest(self) -> AnyPath:
+        """The file that holds the manifest."""
+        return self.path if self.part_bytes is None else self.path / MANIFEST_NAME
 
 
 def write_parquet(
@@ -72,7 +79,7 @@ def write_parquet(
 
 
 def write_parts(
-    folder: AnyPath, schema: pa.Schema, batches: Iterable[pa.RecordBatch], manifest: Callable[[], str], parts: Parts
+    destination: Destination, schema: pa.Schema, batches: Iterable[pa.RecordBatch], manifest: Callable[[], str]
 ) -> None:
     """Write `part-….parquet` files, hidden until the last is whole, and at the end a manifest that names them.
 
@@ -82,22 +89,24 @@ def write_parts(
     Raises:
         StorageError: it cannot be written. If that happens while the parts are shown, there is no manifest.
     """
-    most = min(_GROUP_BYTES, parts.most_bytes // _GROUPS_IN_PART)
+    folder, part_bytes = destination.path, destination.part_bytes
+    assert part_bytes is not None
+    most = min(_GROUP_BYTES, part_bytes // _GROUPS_IN_PART)
     try:
         for beside in _hidden_parts(folder):  # of a process that was killed
             beside.unlink(missing_ok=True)
         try:
-            written = list(_write_hidden(folder, schema, _groups(batches, schema, most), parts))
+            written = list(_write_hidden(folder, schema, _groups(batches, schema, most), part_bytes, destination.label))
             told = {**parse_json(manifest()), "parts": [part_name(number) for number in range(len(written))]}
             # Since the check before the run, another process may have come to the same folder.
-            check_owned(folder, parts.replaces, in_parts=True)
+            check_owned(destination)
         except BaseException:
             for beside in _hidden_parts(folder):
                 beside.unlink(missing_ok=True)
             raise
-        if any(label_of(beside) != parts.label for beside in written):
+        if any(label_of(beside) != destination.label for beside in written):
             raise StorageError(f"another job writes to the output {folder}: name another folder")
-        (folder / MANIFEST_NAME).unlink(missing_ok=True)
+        destination.manifest.unlink(missing_ok=True)
         if isinstance(folder, Path):
             sync_folder(folder)
         for number, beside in enumerate(written):
@@ -107,7 +116,7 @@ def write_parts(
                 part.unlink(missing_ok=True)
         if isinstance(folder, Path):
             sync_folder(folder)
-        with appearing(folder / MANIFEST_NAME) as fp:
+        with appearing(destination.manifest) as fp:
             fp.write(f"{exact_json(told)}\n".encode())
     except (OSError, pa.ArrowException, JobError) as exc:
         raise _unwritten(folder, exc) from exc
@@ -121,31 +130,27 @@ def check_schema(schema: pa.Schema) -> None:
     """
     with suppress(pa.ArrowException), pq.ParquetWriter(pa.BufferOutputStream(), schema):
         return
-    for field in schema:
+    for column in schema:
         try:
-            with pq.ParquetWriter(pa.BufferOutputStream(), pa.schema([field])):
+            with pq.ParquetWriter(pa.BufferOutputStream(), pa.schema([column])):
                 pass
         except pa.ArrowException as exc:
             raise JobError(
-                f"the column {field.name!r} ({field.type}) cannot be written to Parquet: {exc}: leave it out with "
-                f"input: {{columns: {{{field.name}: null}}}}"
+                f"the column {column.name!r} ({column.type}) cannot be written to Parquet: {exc}: leave it out with "
+                f"input: {{columns: {{{column.name}: null}}}}"
             ) from None
 
 
-def check_writable(path: AnyPath, replaces: str | None, *, in_parts: bool) -> None:
+def check_writable(destination: Destination) -> None:
     """Find out before anything is sent whether the output can be written.
-
-    Args:
-        replaces: the job whose output may stand there already; None for any job.
-        in_parts: it is a folder.
 
     Raises:
         StorageError: it cannot.
         JobError: something stands there that would be lost.
     """
-    file = path / MANIFEST_NAME if in_parts else path
+    path, file = destination.path, destination.manifest
     try:
-        if in_parts and path.is_file():
+        if destination.part_bytes is not None and path.is_file():
             raise StorageError(
                 f"the output {path} is a file: it should be a folder of parts; name another, or remove it"
             )
@@ -164,20 +169,18 @@ def check_writable(path: AnyPath, replaces: str | None, *, in_parts: bool) -> No
         moved.unlink()
     except (OSError, RuntimeError) as exc:  # the latter for links that lead round in a circle
         raise StorageError(f"the output {path} cannot be written: {getattr(exc, 'strerror', None) or exc}") from exc
-    check_owned(path, replaces, in_parts=in_parts)
+    check_owned(destination)
 
 
-def check_owned(path: AnyPath, replaces: str | None, *, in_parts: bool) -> None:
+def check_owned(destination: Destination) -> None:
     """Refuse to replace what is not the job's.
-
-    Args:
-        replaces: see `check_writable`.
 
     Raises:
         StorageError: it cannot be read.
         JobError: another job's output stands there, or something that batchrun has not written.
     """
-    file = path / MANIFEST_NAME if in_parts else path
+    path, file = destination.path, destination.manifest
+    in_parts = destination.part_bytes is not None
     writers: dict[AnyPath, str | None] = {}
     try:
         if file.is_file() and file.stat().st_size:
@@ -197,7 +200,7 @@ def check_owned(path: AnyPath, replaces: str | None, *, in_parts: bool) -> None:
                 else f"the output {path} is there already, and batchrun has not written it, or it is damaged: name "
                 "another file, or remove it"
             )
-        if replaces is not None and writer != replaces:
+        if destination.replaces is not None and writer != destination.replaces:
             raise JobError(
                 f"the output {path} is that of the job {writer!r}: name another output; or, if this is that job under "
                 f"a new file name, set `name: {writer}` and add --adopt-ledger, so that its answers are not paid for "
@@ -239,20 +242,22 @@ def _group(batches: list[pa.RecordBatch], schema: pa.Schema) -> pa.Table:
     return pa.Table.from_batches(batches, schema=schema).unify_dictionaries()
 
 
-def _write_hidden(folder: AnyPath, schema: pa.Schema, groups: Iterator[pa.Table], parts: Parts) -> Iterator[AnyPath]:
+def _write_hidden(
+    folder: AnyPath, schema: pa.Schema, groups: Iterator[pa.Table], part_bytes: int, label: dict[str, str]
+) -> Iterator[AnyPath]:
     """Write parts, each where readers pass it by; their paths, each before it is begun. One part at least."""
     group = next(groups, None)
     for number in itertools.count():
         path = hidden(folder / part_name(number))
         yield path
         with written_beside(path) as fp, pq.ParquetWriter(fp, schema, compression="zstd") as writer:
-            writer.add_key_value_metadata({PART_KEY: exact_json(parts.label)})
+            writer.add_key_value_metadata({PART_KEY: exact_json(label)})
             while group is not None:
                 writer.write_table(group, row_group_size=max(1, group.num_rows))
                 group = None  # before the next one is made
                 group = next(groups, None)
                 # On the disk a group takes no more than in memory, but for a little.
-                if group is not None and fp.tell() + group.nbytes > parts.most_bytes:
+                if group is not None and fp.tell() + group.nbytes > part_bytes:
                     break
         if group is None:
             return

@@ -32,7 +32,7 @@ import batchrun
 from batchrun import sink, stores
 from batchrun.errors import StorageError
 from batchrun.remote import RemotePath, check_url
-from batchrun.sink import Parts, check_writable, write_parquet, write_parts
+from batchrun.sink import Destination, check_writable, write_parquet, write_parts
 from batchrun.written import Written, manifest_of
 
 from .conftest import FakeProvider, Workspace, spent
@@ -653,6 +653,10 @@ def test_without_fsspec_it_is_named(work: Workspace, provide: Provide, web: str)
     assert (process.returncode, "install batchrun[remote]" in stderr) == (2, True), stderr
 
 
+def in_parts(folder: RemotePath, job: str = "j") -> Destination:
+    return Destination(folder, job, part_bytes=10**6, label={"job": job, "run_id": "r"})
+
+
 def test_outputs_in_a_store_of_fsspec() -> None:
     schema = pa.schema([("x", pa.int64())])
     batches = [pa.record_batch({"x": [1, 2, 3]}, schema=schema)]
@@ -662,7 +666,7 @@ def test_outputs_in_a_store_of_fsspec() -> None:
     assert written is not None
     assert (written.manifest, written.rows, written.schema.names) == ({"run_id": "r"}, 3, ["x"])
     folder = RemotePath.of("memory://store/deep/parts")
-    write_parts(folder, schema, batches, lambda: '{"run_id": "r"}', Parts(10**6, {"job": "j", "run_id": "r"}, "j"))
+    write_parts(in_parts(folder), schema, batches, lambda: '{"run_id": "r"}')
     again = Written.at(folder)
     assert again is not None
     assert [batch.to_pydict() for batch in again.batches(10)] == [{"x": [1, 2, 3]}]
@@ -677,10 +681,10 @@ def test_a_name_that_could_be_a_pattern_is_a_name(name: str) -> None:
         with (top / other).open("wb") as fp:
             fp.write(b"mine")
     schema = pa.schema([("x", pa.int64())])
-    check_writable(top / name, "j", in_parts=False)
+    check_writable(Destination(top / name, "j"))
     write_parquet(top / name, schema, [], lambda: '{"job": "j"}')
     assert manifest_of(top / name) == {"job": "j"}
-    check_writable(top / name, "j", in_parts=False)
+    check_writable(Destination(top / name, "j"))
     (top / name).unlink()
     assert {path.name for path in top.iterdir()} == others
 
@@ -691,7 +695,7 @@ def test_parts_of_two_jobs_in_one_folder_are_never_mixed() -> None:
     folder = RemotePath.of("memory://store/shared")
 
     def write(job: str, manifest: Callable[[], str]) -> None:
-        write_parts(folder, schema, batches, manifest, Parts(10**6, {"job": job, "run_id": "r"}, job))
+        write_parts(in_parts(folder, job), schema, batches, manifest)
 
     def meanwhile() -> str:
         """The other one writes its parts hidden, too, and has not shown them yet."""
@@ -717,23 +721,22 @@ def test_a_store_that_cannot_move_is_told_before_anything_is_sent(monkeypatch: p
     path = RemotePath.of("memory://unmoved/out.parquet")
     monkeypatch.setattr(type(path._store), "move", lambda *args: stores._told(no))
     with pytest.raises(StorageError, match=r"cannot be written: NotImplementedError: move"):
-        check_writable(path, "j", in_parts=False)
+        check_writable(Destination(path, "j"))
 
 
 def test_what_a_store_does_not_show_is_not_taken_for_nobodys(monkeypatch: pytest.MonkeyPatch) -> None:
     schema = pa.schema([("x", pa.int64())])
     folder = RemotePath.of("memory://shy")
-    parts = Parts(10**6, {"job": "j", "run_id": "r"}, "j")
-    write_parts(folder, schema, [], lambda: '{"job": "j"}', parts)
+    write_parts(in_parts(folder), schema, [], lambda: '{"job": "j"}')
 
     def refused(*args: Any) -> None:
         raise PermissionError("403")
 
     monkeypatch.setattr(type(folder._store), "open_input", refused)
     with pytest.raises(StorageError, match="cannot be read: 403"):
-        check_writable(folder, "j", in_parts=True)
+        check_writable(in_parts(folder))
     with pytest.raises(StorageError, match="cannot be read: 403"):
-        write_parts(folder, schema, [], lambda: '{"job": "j"}', parts)
+        write_parts(in_parts(folder), schema, [], lambda: '{"job": "j"}')
 
 
 def test_a_file_url_is_refused(work: Workspace, provide: Provide) -> None:
