@@ -78,11 +78,11 @@ class _Hand:
 
     actor: Any
     host: str
+    gathering: Gathering
     queue: list[_Asked] = field(default_factory=list)
     """Not yet given to it."""
     asked: dict[int, _Asked] = field(default_factory=dict)
     """By the attempt's id: given to it, and nothing is known of it since."""
-    gathering: Gathering = field(default_factory=Gathering)
     has_found: bool = False
 
     @property
@@ -252,7 +252,7 @@ class ClusterSender:
         if self._own_server is not None and proof.host not in self._hosts:
             self._hosts.add(proof.host)
             self._say(f"the worker on {proof.host} asks the server of its own machine ({self._own_server})")
-        hand = _Hand(actor, proof.host)
+        hand = _Hand(actor, proof.host, Gathering(self._orders.concurrency))
         self._hands.append(hand)
         if self._patience is not None:
             self._patience.cancel()
@@ -287,7 +287,7 @@ class ClusterSender:
 
     async def _give(self, hand: _Hand) -> None:
         while True:
-            await hand.gathering.gathered(lambda: hand.load)
+            await hand.gathering.gathered()
             hand.gathering.clear()
             while hand.queue:
                 parcel: Parcel = []

@@ -32,7 +32,7 @@ from batchrun.rates import Rates
 from batchrun.records import Request, now_us, utc
 from batchrun.remote import AnyPath
 from batchrun.runner import ASKED_AGAIN, NO_ROOM, Runner, Sender
-from batchrun.sink import Destination, check_writable
+from batchrun.sink import check_writable
 from batchrun.spending import cap_reached, check_cap, open_budget, pricings_of, rows_left
 from batchrun.stopper import Beginning, Stopper
 from batchrun.summary import Summary
@@ -61,7 +61,6 @@ class _Context:
     plan: Plan
     ledger: Ledger
     run: Run
-    destination: Destination
     options: Options
     say: Say
     watch: Watch | None
@@ -113,7 +112,7 @@ def run(
         destination = plan.destination(current, adopts=options.adopt_ledger)
         check_writable(destination)
         before = Before.of(ledger)
-        context = _Context(plan, ledger, current, destination, options, say, watch, stopper, before, deadline)
+        context = _Context(plan, ledger, current, options, say, watch, stopper, before, deadline)
         ledger.begin_invocation(current, job=job.record(), endpoint=plan.endpoint.identity)
         with _end_recorded(ledger, current):
             rows = place(plan, ledger, current)
@@ -378,7 +377,9 @@ def _finish(context: _Context, rows: int, ended: _Ended, early: EarlyOutput) -> 
         say(rows_left(summary, plan.job.budget.per))
     is_whole = summary.pending == 0
     is_wanted = (is_whole or plan.job.output.partial) and not (stop is not None and stop.is_immediate)
-    output = context.destination.path
+    # Not that of the beginning: the input, as it is now, must not be what it replaces.
+    destination = plan.destination(current, adopts=context.options.adopt_ledger)
+    output = destination.path
     has_nothing = not (summary.totals.ok or summary.totals.failed or is_whole)
     if is_wanted and has_nothing and (other := _whole_of_another(output, current)) is not None:
         is_wanted = False
@@ -386,7 +387,7 @@ def _finish(context: _Context, rows: int, ended: _Ended, early: EarlyOutput) -> 
     if is_wanted and is_readable and not is_broken:
         if is_changed:
             early.give_up()
-        derivation = early.finish(summary) or write_output(plan, ledger, current, context.destination, lambda: summary)
+        derivation = early.finish(summary) or write_output(plan, ledger, current, destination, lambda: summary)
         ledger.note_output(current)
         summary = replace(with_derived(summary, derivation), output=str(output))
         summary = replace(summary, warnings=_label_warnings(ledger, current, summary))

@@ -9,7 +9,6 @@ import asyncio
 import os
 import pickle
 import socket
-from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from hashlib import blake2b
@@ -35,9 +34,15 @@ Found = list[tuple[int, Exchange]]
 
 
 class Gathering:
-    """When that goes to the other side which waits for it: together, for a message costs as much as ten rows."""
+    """When that goes to the other side which waits for it: together, for a message costs as much as ten rows.
 
-    def __init__(self) -> None:
+    Args:
+        concurrency: the most requests in flight, of all workers: the head has the messages of all.
+    """
+
+    def __init__(self, concurrency: int) -> None:
+        # Of few requests, no more will come soon.
+        self._seconds = min(concurrency * _SECONDS_EACH, _MOST_SECONDS)
         self._some = asyncio.Event()
         self._enough = asyncio.Event()
 
@@ -47,11 +52,11 @@ class Gathering:
         if waiting >= _ENOUGH:
             self._enough.set()
 
-    async def gathered(self, in_flight: Callable[[], int]) -> None:
-        """Return once enough wait, or some for a while; a short one if there are few that could come yet."""
+    async def gathered(self) -> None:
+        """Return once enough wait, or some for a while."""
         await self._some.wait()
         with suppress(TimeoutError):
-            async with asyncio.timeout(min(in_flight() * _SECONDS_EACH, _MOST_SECONDS)):
+            async with asyncio.timeout(self._seconds):
                 await self._enough.wait()
 
     def clear(self) -> None:
@@ -110,7 +115,7 @@ class Worker:
         self._chat: Chat | None = None
         self._asking: set[asyncio.Task[None]] = set()
         self._found: Found = []
-        self._gathering = Gathering()
+        self._gathering: Gathering | None = None
 
     async def prove(self) -> tuple[Any, ...]:
         """Make ready, and show it: a `Proof`."""
@@ -121,6 +126,7 @@ class Worker:
         try:
             endpoint = resolve(**orders.provider, environ=os.environ)
             allow_connections(orders.concurrency)
+            self._gathering = Gathering(orders.concurrency)
             self._chat = Chat(
                 endpoint,
                 concurrency=orders.concurrency,
@@ -142,9 +148,10 @@ class Worker:
 
     async def finished(self) -> bytes:
         """Wait until some requests are done: a pickled `Found`; an empty one is a sign of life."""
+        assert self._gathering is not None
         with suppress(TimeoutError):
             async with asyncio.timeout(SIGN_SECONDS):
-                await self._gathering.gathered(lambda: len(self._asking) + len(self._found))
+                await self._gathering.gathered()
         size = count = 0
         while count < len(self._found) and size < _MOST_FOUND_BYTES:
             size += self._found[count][1].body.size
@@ -157,6 +164,7 @@ class Worker:
 
     async def _ask(self, attempt_id: int, body: bytes, client_request_id: str) -> None:
         assert self._chat is not None
+        assert self._gathering is not None
         try:
             exchange = await self._chat.ask(body, client_request_id)
         except Exception as exc:  # noqa: BLE001 - whoever waits for it must hear of it; its words may hold anything

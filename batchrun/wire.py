@@ -135,9 +135,18 @@ def read_answer(
 
 
 def read_kept(raw: bytes, *, streamed: bool) -> Answer | Failure:
-    """Read an answer that the ledger has kept, for what it says. Its usage and cost are what the ledger has of them."""
-    usual = _usual_answer(raw) if not streamed else None
-    return usual or read_answer(raw, {}, streamed=streamed)
+    """Read an answer that the ledger has kept, for what it says.
+
+    Its usage and its cost, and the flags that hang on them, are what the ledger has, and not those of this answer.
+    """
+    if not streamed:
+        try:
+            document = parse_json(raw)
+        except ValueError:
+            pass
+        else:
+            return _usual_answer(document) or AnswerReader({}, streamed=False).read(document)
+    return read_answer(raw, {}, streamed=streamed)
 
 
 class AnswerReader:
@@ -248,6 +257,10 @@ class AnswerReader:
             return Failure("malformed", Action.REJECT, f"the answer cannot be read: {exc}")
         except ValueError:
             return self._close_undecodable(raw)
+        return self.read(document)
+
+    def read(self, document: Any) -> Answer | Failure:
+        """The whole answer as parsed JSON, in place of its bytes."""
         document = unwrapped(document)
         if not isinstance(document, dict):
             return self._malformed("the answer is JSON, but no object")
@@ -549,26 +562,22 @@ def _usual_piece(document: Mapping[str, Any]) -> str | None:
     return content if type(content) is str else None
 
 
-_DOCUMENT = _CHUNK | {"meta"}
-_DOCUMENT_CHOICE = {"index", "message", "finish_reason", "logprobs"}
+_OTHER_FORMS = ("error", "event", "x_groq")
 _NOTHING: tuple[object, ...] = (None, "", [])
+_BESIDE_TEXT = ("reasoning_content", "reasoning", "reasoning_details", "refusal", "tool_calls", "function_call")
 
 
-def _usual_answer(raw: bytes) -> Answer | None:
+def _usual_answer(document: Any) -> Answer | None:
     """What a document says, but for its counts, that brings a text and nothing else, as nearly all do."""
-    try:
-        document = parse_json(raw)
-    except ValueError:
-        return None
-    if type(document) is not dict or not document.keys() <= _DOCUMENT:
+    if type(document) is not dict or any(document.get(name) not in _NOTHING for name in _OTHER_FORMS):
         return None
     choices, model, answer_id = document.get("choices"), document.get("model"), document.get("id")
     if type(choices) is not list or len(choices) != 1 or type(choice := choices[0]) is not dict:
         return None
-    if choice.get("index") != 0 or choice.get("finish_reason") != "stop" or not choice.keys() <= _DOCUMENT_CHOICE:
+    if choice.get("index") != 0 or choice.get("finish_reason") != "stop" or choice.get("error") or "delta" in choice:
         return None
     message = choice.get("message")
-    if type(message) is not dict or any(message[name] not in _NOTHING for name in message.keys() - _PLAIN):
+    if type(message) is not dict or any(message.get(name) not in _NOTHING for name in _BESIDE_TEXT):
         return None
     text = message.get("content")
     if not (type(text) is type(model) is type(answer_id) is str and text.strip() and model and answer_id):

@@ -277,7 +277,8 @@ def test_a_place_where_workers_die_at_once_is_filled_ever_more_slowly(monkeypatc
 @pytest.mark.parametrize("is_dying", [False, True], ids=["answers", "dies"])
 def test_what_a_worker_was_given_is_never_told_as_never_sent(is_dying: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cancelled at any moment, as by a second signal."""
-    monkeypatch.setattr(node, "_SECONDS_EACH", 0.0025)
+    monkeypatch.setattr(node, "_SECONDS_EACH", 1.0)
+    monkeypatch.setattr(node, "_MOST_SECONDS", 0.02)
     chance = random.Random(3)
     kinds: set[str] = set()
     for _ in range(60):
@@ -363,12 +364,12 @@ def test_what_waits_for_more_goes_once_it_is_enough(monkeypatch: pytest.MonkeyPa
     """A message is costly: many go together, and few do not wait for what will not come."""
     monkeypatch.setattr(node, "_MOST_SECONDS", 3600.0)
 
-    async def goes(waiting: int, in_flight: int) -> bool:
-        gathering = node.Gathering()
+    async def goes(waiting: int, concurrency: int) -> bool:
+        gathering = node.Gathering(concurrency)
         if waiting:
             gathering.note(waiting)
         try:
-            await asyncio.wait_for(gathering.gathered(lambda: in_flight), 0.5)
+            await asyncio.wait_for(gathering.gathered(), 0.5)
         except TimeoutError:
             return False
         return True

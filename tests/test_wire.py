@@ -156,16 +156,16 @@ def test_a_kept_answer_says_what_it_said_when_it_came(case: dict[str, Any]) -> N
 
 
 UNUSUAL = [
-    *(
-        ("message", name)
-        for name in ("content", "refusal", "reasoning", "reasoning_content", "tool_calls", "annotations")
-    ),
+    *(("message", name) for name in ("content", "refusal", "reasoning", "reasoning_content", "reasoning_details")),
+    *(("message", name) for name in ("tool_calls", "function_call", "annotations")),
     *(("choice", name) for name in ("index", "finish_reason", "message", "delta", "text", "error", "logprobs")),
     *(("document", name) for name in ("id", "model", "choices", "usage", "meta", "error", "event", "state", "x_groq")),
+    *(("document", name) for name in ("object", "message", "detail", "errors", "timings")),
 ]
 VALUES = [
     None, "", " ", "text", "length", "\ud800", "\ud83d\ude00", 0, 1, False, 0.5, "0", [], {}, ["a"],
-    {"content": "other"}, [{"id": "call", "function": {"name": "f", "arguments": "{}"}}],
+    {"content": "other"}, {"error": {"message": "no"}}, {"finishReason": "length"}, {"model": "other"},
+    [{"id": "call", "function": {"name": "f", "arguments": "{}"}}], [{"text": "a thought"}],
 ]  # fmt: skip
 
 
