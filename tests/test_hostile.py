@@ -209,6 +209,25 @@ def test_the_output_never_replaces_the_input(work: Workspace, provide: Provide) 
     assert (work.folder / "d.parquet").read_bytes() == before
 
 
+def test_the_output_never_replaces_what_has_become_the_input(work: Workspace, provide: Provide) -> None:
+    provider = provide(latency=0.3)
+    pq.write_table(pa.table({"prompt": ["a", "b", "c"]}), work.folder / "before.parquet")
+    (work.folder / "in.parquet").symlink_to("before.parquet")
+    work.write_job(provider.base_url, input="in.parquet", output="out.parquet", concurrency=1)
+    with work.start("job.yaml") as process:
+        provider.wait_for(1)
+        pq.write_table(pa.table({"prompt": ["a", "b", "c", "d"]}), work.folder / "out.parquet")
+        (work.folder / "link").symlink_to("out.parquet")
+        (work.folder / "link").replace(work.folder / "in.parquet")
+        _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 2, stderr
+    assert "is the input too" in stderr
+    assert pq.read_table(work.folder / "out.parquet").to_pydict() == {"prompt": ["a", "b", "c", "d"]}
+    (work.folder / "out.parquet").rename(work.folder / "in.parquet")
+    assert work.run().code == 0
+    assert sorted(request["text"] for request in provider.requests) == ["a", "b", "c", "d"]
+
+
 def test_a_column_that_parquet_cannot_hold_is_found_before_anything_is_sent(work: Workspace, provide: Provide) -> None:
     provider = provide()
     (work.folder / "in.jsonl").write_text('{"prompt": "a", "meta": {}}\n')
