@@ -34,6 +34,8 @@ _ENVIRONMENT = {
     "RAY_DISABLE_FAILURE_SIGNAL_HANDLER": "1",
     # Ray ends this process when it has missed the cluster for a minute. It is ours to end, with the truth on disk.
     "RAY_gcs_rpc_server_reconnect_timeout_s": "1000000",
+    # Requests go in the call itself: through Ray's store of objects they cost this process twice as much.
+    "RAY_max_direct_call_object_size": "1000000",
 }
 _Made = TypeVar("_Made")
 

@@ -11,6 +11,7 @@ import pickle
 import random
 import secrets
 import socket
+from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -79,7 +80,7 @@ class _Hand:
     actor: Any
     host: str
     gathering: Gathering
-    queue: list[_Asked] = field(default_factory=list)
+    queue: deque[_Asked] = field(default_factory=deque)
     """Not yet given to it."""
     asked: dict[int, _Asked] = field(default_factory=dict)
     """By the attempt's id: given to it, and nothing is known of it since."""
@@ -288,31 +289,35 @@ class ClusterSender:
     async def _give(self, hand: _Hand) -> None:
         while True:
             await hand.gathering.gathered()
-            hand.gathering.clear()
-            while hand.queue:
-                parcel: Parcel = []
-                size = 0
-                while hand.queue and size < _MOST_PARCEL_BYTES:
-                    asked = hand.queue.pop(0)
-                    if asked.future.done():
-                        continue  # nobody waits for it any more, and it was never sent
-                    intent = asked.intent
-                    asked.is_given = True
-                    hand.asked[intent.attempt_id] = asked
-                    parcel.append((intent.attempt_id, intent.request.body, intent.client_request_id))
-                    size += len(intent.request.body)
-                if parcel:
-                    await hand.actor.take.remote(pickle.dumps(parcel, pickle.HIGHEST_PROTOCOL))
+            parcel: Parcel = []
+            size = 0
+            while hand.queue and size < _MOST_PARCEL_BYTES:
+                asked = hand.queue.popleft()
+                if asked.future.done():
+                    continue  # nobody waits for it any more, and it was never sent
+                intent = asked.intent
+                asked.is_given = True
+                hand.asked[intent.attempt_id] = asked
+                parcel.append((intent.attempt_id, intent.request.body, intent.client_request_id))
+                size += len(intent.request.body)
+            if not hand.queue:
+                hand.gathering.clear()
+            if parcel:
+                self._note(hand, await hand.actor.take.remote(pickle.dumps(parcel, pickle.HIGHEST_PROTOCOL)))
 
     async def _take(self, hand: _Hand) -> None:
         while True:
-            found: Found = pickle.loads(await _signed(asyncio.ensure_future(_awaited(hand.actor.finished.remote()))))
-            if found:
-                hand.has_found, self._barren = True, 0
-            for attempt_id, exchange in found:
-                asked = hand.asked.pop(attempt_id, None)
-                if asked is not None:
-                    _tell(asked, exchange)
+            self._note(hand, await _signed(asyncio.ensure_future(_awaited(hand.actor.finished.remote()))))
+
+    def _note(self, hand: _Hand, packed: bytes) -> None:
+        """What a worker has found."""
+        found: Found = pickle.loads(packed)
+        if found:
+            hand.has_found, self._barren = True, 0
+        for attempt_id, exchange in found:
+            asked = hand.asked.pop(attempt_id, None)
+            if asked is not None:
+                _tell(asked, exchange)
 
     def _place(self, asked: _Asked) -> None:
         if self._gone is not None:

@@ -37,6 +37,7 @@ from batchrun.ledger_view import (
     attempt_seal,
     everywhere,
     log_of,
+    same_group,
     seal,
     storage,
 )
@@ -386,8 +387,8 @@ class Ledger(LedgerView):
                 )
                 self._note_repairs(run, settlements)
             if intents:
-                intended = self._db.executemany(_INTEND, [intent.recorded for intent in intents])
-                if intended.rowcount != len(intents):
+                self._db.executemany(_INTEND, [intent.recorded for intent in intents])
+                if self._db.execute(_IS_ANSWERED, (intents[0].attempt_id,)).fetchone() is not None:
                     raise BrokenPromiseError(
                         Promise.PAID_ONCE, "a row that has its answer was about to be asked again", self.path
                     )
@@ -611,12 +612,13 @@ class Ledger(LedgerView):
                 raise
 
 
-_NUMBERED = {name: f"?{number}" for number, name in enumerate(INTENT_COLUMNS, 1)}
-# Only where the group has no answer: what would be paid for twice is not even recorded.
-_INTEND = f"""
-    INSERT INTO attempt ({", ".join(INTENT_COLUMNS)}) SELECT {", ".join(_NUMBERED.values())}
-    WHERE NOT EXISTS (SELECT 1 FROM attempt WHERE outcome = 'ok' AND repair >= {_NUMBERED["repair"]}
-        AND {" AND ".join(f"{name} = {_NUMBERED[name]}" for name in GROUP_COLUMNS)})
+_INTEND = f"INSERT INTO attempt ({', '.join(INTENT_COLUMNS)}) VALUES ({', '.join('?' * len(INTENT_COLUMNS))})"
+# Of all new attempts at once, before they are committed: what would be paid for twice is not even recorded.
+_IS_ANSWERED = f"""
+    SELECT 1 FROM attempt WHERE attempt_id >= ? AND EXISTS (
+        SELECT 1 FROM attempt AS answered WHERE {same_group("answered", "attempt")}
+        AND answered.outcome = 'ok' AND answered.repair >= attempt.repair)
+    LIMIT 1
 """
 _SETTLE = f"""
     UPDATE attempt SET {", ".join(f"{name} = ?" for name in SETTLEMENT_COLUMNS)}, seal = ?

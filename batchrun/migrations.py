@@ -46,7 +46,8 @@ _MIGRATIONS: tuple[str, ...] = (
         client_request_id TEXT NOT NULL,
         sent_at INTEGER NOT NULL,
         settled_at INTEGER,
-        outcome TEXT CHECK (outcome IN ('ok', 'failed', 'unknown')),   -- null: in flight
+        -- null: in flight; with IN, SQLite would make a table of three at each change of a row
+        outcome TEXT CHECK (outcome = 'ok' OR outcome = 'failed' OR outcome = 'unknown'),
         final INTEGER NOT NULL DEFAULT 0,         -- 1: this attempt decides its slot
         status INTEGER,
         error_kind TEXT,

@@ -38,26 +38,36 @@ class Gathering:
 
     Args:
         concurrency: the most requests in flight, of all workers: the head has the messages of all.
+        patience: how much longer than others it waits, and for how many more.
     """
 
-    def __init__(self, concurrency: int) -> None:
+    def __init__(self, concurrency: int, patience: int = 1) -> None:
         # Of few requests, no more will come soon.
-        self._seconds = min(concurrency * _SECONDS_EACH, _MOST_SECONDS)
+        self._seconds = patience * min(concurrency * _SECONDS_EACH, _MOST_SECONDS)
+        self._most = patience * _ENOUGH
+        self._until = 0.0
         self._some = asyncio.Event()
         self._enough = asyncio.Event()
 
     def note(self, waiting: int) -> None:
         """So many wait now."""
-        self._some.set()
-        if waiting >= _ENOUGH:
+        if not self._some.is_set():
+            self._until = asyncio.get_running_loop().time() + self._seconds
+            self._some.set()
+        if waiting >= self._most:
             self._enough.set()
 
     async def gathered(self) -> None:
         """Return once enough wait, or some for a while."""
-        await self._some.wait()
-        with suppress(TimeoutError):
-            async with asyncio.timeout(self._seconds):
-                await self._enough.wait()
+        while True:
+            await self._some.wait()
+            until = self._until
+            with suppress(TimeoutError):
+                async with asyncio.timeout_at(until):
+                    await self._enough.wait()
+            # What waited may have gone meanwhile, and other come.
+            if self._some.is_set() and (self._enough.is_set() or self._until == until):
+                return
 
     def clear(self) -> None:
         """None wait any more."""
@@ -126,7 +136,8 @@ class Worker:
         try:
             endpoint = resolve(**orders.provider, environ=os.environ)
             allow_connections(orders.concurrency)
-            self._gathering = Gathering(orders.concurrency)
+            # The next requests bring back what is done until then; who waits for it comes in between.
+            self._gathering = Gathering(orders.concurrency, patience=2)
             self._chat = Chat(
                 endpoint,
                 concurrency=orders.concurrency,
@@ -138,13 +149,14 @@ class Worker:
             return tuple(Proof(host, build(), "", str(exc)))
         return tuple(Proof(host, build(), digest(endpoint, orders.salt)))
 
-    async def take(self, packed: bytes) -> None:
-        """Send the requests of a pickled `Parcel`."""
+    async def take(self, packed: bytes) -> bytes:
+        """Send the requests of a pickled `Parcel`; a pickled `Found` of what is done by now."""
         parcel: Parcel = pickle.loads(packed)
         for attempt_id, body, client_request_id in parcel:
             task = asyncio.create_task(self._ask(attempt_id, body, client_request_id))
             self._asking.add(task)
             task.add_done_callback(self._asking.discard)
+        return self._handed_over()
 
     async def finished(self) -> bytes:
         """Wait until some requests are done: a pickled `Found`; an empty one is a sign of life."""
@@ -152,6 +164,10 @@ class Worker:
         with suppress(TimeoutError):
             async with asyncio.timeout(SIGN_SECONDS):
                 await self._gathering.gathered()
+        return self._handed_over()
+
+    def _handed_over(self) -> bytes:
+        assert self._gathering is not None
         size = count = 0
         while count < len(self._found) and size < _MOST_FOUND_BYTES:
             size += self._found[count][1].body.size

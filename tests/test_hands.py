@@ -47,7 +47,7 @@ class _LostError(Exception):
 
 
 class Actor:
-    """A worker that answers at once; `dies` says when it does not."""
+    """A worker that answers at once: all by its next word, or, if it `brings`, some in return for what it is given."""
 
     def __init__(self, cluster: Cluster, orders: node.Orders) -> None:
         self.cluster, self.orders = cluster, orders
@@ -64,14 +64,20 @@ class Actor:
         proof = node.Proof("host", node.build(), node.digest(ENDPOINT, self.orders.salt))
         return tuple(fault or proof)
 
-    async def _take(self, packed: bytes) -> None:
+    async def _take(self, packed: bytes) -> bytes:
+        brought = []
         for attempt_id, body, _ in pickle.loads(packed):
             self.cluster.asked.append(attempt_id)
             if self.cluster.kills(attempt_id):
                 self.die()
             elif not self.dead.done() and not self.cluster.is_mute:
                 failure = Failure("server", Action.RETRY, body.decode())
-                self.found.put_nowait((attempt_id, Exchange("failed", status=500, failure=failure)))
+                found = (attempt_id, Exchange("failed", status=500, failure=failure))
+                if attempt_id in self.cluster.brings:
+                    brought.append(found)
+                else:
+                    self.found.put_nowait(found)
+        return pickle.dumps(brought)
 
     async def _finished(self) -> bytes:
         getting = asyncio.ensure_future(self.found.get())
@@ -91,6 +97,7 @@ class Cluster:
         self.size = size
         self.begun = 0
         self.asked: list[int] = []
+        self.brings = range(0)
         self.actors: list[Actor] = []
         self.killed: list[Actor] = []
         self.is_mute = self.has_left = False
@@ -147,6 +154,40 @@ def test_each_request_is_given_once_and_to_all_workers() -> None:
     found = send(cluster, lambda sender: all_of(sender, range(100)))
     assert sorted(cluster.asked) == list(range(100))
     assert [exchange.failure.message for exchange in found] == [f"body {number}" for number in range(100)]
+
+
+def test_what_a_worker_brings_in_return_counts_as_well() -> None:
+    cluster = Cluster(size=2)
+    cluster.brings = range(0, 100, 3)
+    found = send(cluster, lambda sender: all_of(sender, range(100)))
+    assert sorted(cluster.asked) == list(range(100))
+    assert [exchange.failure.message for exchange in found] == [f"body {number}" for number in range(100)]
+
+
+def test_a_worker_hands_over_each_answer_once_by_whatever_way(provide: Callable[..., Any]) -> None:
+    provider = provide()
+    setting = {"name": "custom", "base_url": provider.base_url}
+    body = b'{"model": "m", "messages": [{"role": "user", "content": "Hello"}]}'
+
+    async def main() -> list[int]:
+        orders = node.Orders(node.build(), setting, False, 30.0, 10**6, 1, b"salt")
+        worker = node.Worker(*orders)
+        assert node.Proof(*await worker.prove()).fault is None
+        assert worker._chat is not None
+        found: node.Found = []
+        async with worker._chat:
+            for number in range(6):
+                found += pickle.loads(await worker.take(pickle.dumps([(number, body, f"c{number}")])))
+                if number == 3:
+                    found += pickle.loads(await worker.finished())
+                await asyncio.to_thread(provider.wait_for, number + 1)
+            while len(found) < 6:
+                found += pickle.loads(await worker.finished())
+            assert pickle.loads(await worker.take(pickle.dumps([]))) == []
+        assert {exchange.outcome for _, exchange in found} == {"ok"}
+        return sorted(number for number, _ in found)
+
+    assert asyncio.run(asyncio.wait_for(main(), 60)) == list(range(6))
 
 
 def test_what_a_lost_worker_was_given_is_unknown_and_what_it_was_not_is_asked_elsewhere() -> None:
@@ -381,3 +422,23 @@ def test_what_waits_for_more_goes_once_it_is_enough(monkeypatch: pytest.MonkeyPa
         assert not await goes(0, 1)
 
     asyncio.run(main())
+
+
+def test_what_goes_another_way_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(node, "_MOST_SECONDS", 0.2)
+
+    async def main() -> float:
+        gathering = node.Gathering(10**9)
+        loop = asyncio.get_running_loop()
+        gathering.note(1)
+        gathered = asyncio.ensure_future(gathering.gathered())
+        await asyncio.sleep(0.1)
+        gathering.clear()
+        await asyncio.sleep(0.3)
+        assert not gathered.done()  # nothing waits
+        began = loop.time()
+        gathering.note(1)
+        await gathered
+        return loop.time() - began
+
+    assert asyncio.run(asyncio.wait_for(main(), 30)) >= 0.19
