@@ -655,7 +655,6 @@ def attempt_seal(intended: Sequence[Any], settled: Sequence[Any], answered: str)
         settled: those of SETTLEMENT_COLUMNS.
         answered: the digest of its answer's body; that of nothing without one.
     """
-    *first, repair, repair_key = intended
-    # What is no repair is sealed as it was before there were any.
-    repaired = (repair, repair_key) if repair else ()
-    return seal((*first, *repaired, *settled, answered))
+    # What is no repair is sealed as it was before there were any: without the last two columns.
+    is_repair = intended[-2]
+    return seal((*(intended if is_repair else intended[:-2]), *settled, answered))

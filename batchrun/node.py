@@ -38,12 +38,13 @@ class Gathering:
 
     Args:
         concurrency: the most requests in flight, of all workers: the head has the messages of all.
-        patience: how much longer than others it waits, and for how many more.
+        patience: that of the head is 1; a greater one waits for its messages, and for so many times as many.
     """
 
     def __init__(self, concurrency: int, patience: int = 1) -> None:
         # Of few requests, no more will come soon.
-        self._seconds = patience * min(concurrency * _SECONDS_EACH, _MOST_SECONDS)
+        self._seconds = min(concurrency * _SECONDS_EACH, _MOST_SECONDS)
+        self._patience = patience
         self._most = patience * _ENOUGH
         self._until = 0.0
         self._some = asyncio.Event()
@@ -52,7 +53,8 @@ class Gathering:
     def note(self, waiting: int) -> None:
         """So many wait now."""
         if not self._some.is_set():
-            self._until = asyncio.get_running_loop().time() + self._seconds
+            # By the clock: what goes to several workers goes at the same moments.
+            self._until = (asyncio.get_running_loop().time() // self._seconds + self._patience) * self._seconds
             self._some.set()
         if waiting >= self._most:
             self._enough.set()

@@ -301,15 +301,14 @@ class Plan:
     def _request(
         self, template: Template, row_index: int, row: Mapping[str, Any], *, keyed: bool
     ) -> Request | RowFault:
-        slot = Slot(row_index, template.model)
         try:
             request = template.request(row_index, row, keyed=keyed)
         except NotRenderedError as exc:
-            return RowFault(slot, str(exc))
+            return RowFault(Slot(row_index, template.model), str(exc))
         most = self.job.tokens_per_minute
         if most is not None and (tokens := prompt_tokens(request)) > most:
             error = f"the prompt has about {tokens} tokens, and tokens_per_minute lets {most} through"
-            return RowFault(slot, error, request.key)
+            return RowFault(request.slot, error, request.key)
         return request
 
     def _refuse_collisions(self, derived: pa.Schema) -> None:

@@ -428,13 +428,13 @@ def test_what_goes_another_way_is_not_waited_for(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(node, "_MOST_SECONDS", 0.2)
 
     async def main() -> float:
-        gathering = node.Gathering(10**9)
+        gathering = node.Gathering(10**9, patience=2)
         loop = asyncio.get_running_loop()
         gathering.note(1)
         gathered = asyncio.ensure_future(gathering.gathered())
         await asyncio.sleep(0.1)
         gathering.clear()
-        await asyncio.sleep(0.3)
+        await asyncio.sleep(0.5)
         assert not gathered.done()  # nothing waits
         began = loop.time()
         gathering.note(1)
