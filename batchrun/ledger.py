@@ -108,7 +108,7 @@ class Ledger(LedgerView):
                     )
                 db.execute(f"PRAGMA synchronous={'FULL' if is_durable else 'NORMAL'}")
                 db.execute("PRAGMA busy_timeout=10000")
-                db.execute("PRAGMA cache_size=-16000")
+                db.execute("PRAGMA cache_size=-8000")
                 migrate(db, path)
                 ledger = cls(db, path)
                 ledger._own(job_name, job_path, adopt)
