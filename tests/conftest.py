@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import json
 import os
 import shutil
@@ -37,8 +38,28 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes minutes begins first: at the end, all would wait for it."""
-    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+    """What takes minutes begins first: at the end, all would wait for it. What wants the machine for itself is last."""
+    items.sort(key=lambda item: (item.get_closest_marker("alone") is not None, item.get_closest_marker("long") is None))
+
+
+@pytest.fixture(autouse=True)
+def _machine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The tests share the machine, but for those that measure how fast something is: each of them has it alone."""
+    if not hasattr(request.config, "workerinput"):
+        yield
+        return
+    of_all_workers = tmp_path_factory.getbasetemp().parent
+    is_alone = request.node.get_closest_marker("alone") is not None
+    with (of_all_workers / "door").open("w") as door, (of_all_workers / "machine").open("w") as machine:
+        # Whoever waits to be alone holds the door: otherwise others would come in for ever.
+        fcntl.flock(door, fcntl.LOCK_EX)
+        fcntl.flock(machine, fcntl.LOCK_EX if is_alone else fcntl.LOCK_SH)
+        if not is_alone:
+            fcntl.flock(door, fcntl.LOCK_UN)
+        yield
+        # To close them would not do: processes that were forked meanwhile have them open, too.
+        fcntl.flock(machine, fcntl.LOCK_UN)
+        fcntl.flock(door, fcntl.LOCK_UN)
 
 
 @dataclass

@@ -59,6 +59,7 @@ def test_streams_stay_near_the_floor(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.parametrize(("concurrency", "latency"), [(256, 0.2), (1000, 0.5)])
 def test_the_provider_is_kept_busy(tmp_path: Path, concurrency: int, latency: float) -> None:
     rows = 40 * concurrency
