@@ -194,8 +194,10 @@ class Results:
         self, slot: Slot, attempts: Sequence[StandingAttempt], fault: str | None, is_unrepaired: bool
     ) -> ResultRow:
         made = unknown = pico = 0
+        is_reused = False
         answered = None
         for attempt in attempts:
+            is_reused = is_reused or bool(attempt.is_reused)
             made += not attempt.is_reused
             if attempt.usd_pico is None:
                 unknown += not attempt.is_reused
@@ -231,7 +233,7 @@ class Results:
             said.text, said.finish_reason, said.finish_reason_raw, prompt, completion, total, cached, reasoning,
             usd_spent, cost_source, unknown, self._requested[slot.model], said.model, status, error, said.flags,
             said.reasoning, said.tool_calls, made, latency, request_id, client_request_id, key, self._run_id,
-            settled_at, first_token, slot.sample, any(attempt.is_reused for attempt in attempts),
+            settled_at, first_token, slot.sample, is_reused,
             pico if attempts and not unknown else None,
         )  # fmt: skip
 

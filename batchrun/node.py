@@ -24,8 +24,8 @@ from batchrun.records import Action, Exchange, Failure
 
 SIGN_SECONDS = 2.0
 _MOST_FOUND_BYTES = 8 * 1024 * 1024
-_SECONDS_EACH, _MOST_SECONDS = 0.0001, 0.1
-_ENOUGH = 400
+_SECONDS_EACH, _MOST_SECONDS = 0.0001, 0.15
+_ENOUGH = 800
 
 Parcel = list[tuple[int, bytes, str]]
 """Requests: the attempt's id, the body, our request id."""

@@ -84,7 +84,7 @@ _DEADLINE = Stop(ExitCode.LIMIT, "deadline", "the deadline is near: no more rows
 NO_ROOM = Stop(ExitCode.LIMIT, "budget", "the next row does not fit into the budget")
 
 
-@dataclass(order=True)
+@dataclass(order=True, slots=True)
 class _Work:
     due: float
     order: int

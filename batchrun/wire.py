@@ -562,14 +562,16 @@ def _usual_piece(document: Mapping[str, Any]) -> str | None:
     return content if type(content) is str else None
 
 
-_OTHER_FORMS = ("error", "event", "x_groq")
+_OTHER_FORMS = frozenset({"error", "event", "x_groq"})
 _NOTHING: tuple[object, ...] = (None, "", [])
-_BESIDE_TEXT = ("reasoning_content", "reasoning", "reasoning_details", "refusal", "tool_calls", "function_call")
+_BESIDE_TEXT = frozenset(
+    {"reasoning_content", "reasoning", "reasoning_details", "refusal", "tool_calls", "function_call"}
+)
 
 
 def _usual_answer(document: Any) -> Answer | None:
     """What a document says, but for its counts, that brings a text and nothing else, as nearly all do."""
-    if type(document) is not dict or any(document.get(name) not in _NOTHING for name in _OTHER_FORMS):
+    if type(document) is not dict or _has_any(document, _OTHER_FORMS):
         return None
     choices, model, answer_id = document.get("choices"), document.get("model"), document.get("id")
     if type(choices) is not list or len(choices) != 1 or type(choice := choices[0]) is not dict:
@@ -577,12 +579,17 @@ def _usual_answer(document: Any) -> Answer | None:
     if choice.get("index") != 0 or choice.get("finish_reason") != "stop" or choice.get("error") or "delta" in choice:
         return None
     message = choice.get("message")
-    if type(message) is not dict or any(message.get(name) not in _NOTHING for name in _BESIDE_TEXT):
+    if type(message) is not dict or _has_any(message, _BESIDE_TEXT):
         return None
     text = message.get("content")
     if not (type(text) is type(model) is type(answer_id) is str and text.strip() and model and answer_id):
         return None
     return Answer(sound(text), "stop", "stop", model=sound(model), answer_id=sound(answer_id))
+
+
+def _has_any(document: Mapping[str, object], names: frozenset[str]) -> bool:
+    """True if any of them says something."""
+    return not names.isdisjoint(document) and any(document.get(name) not in _NOTHING for name in names)
 
 
 def _first_choice(choices: Sequence[object]) -> Mapping[str, Any] | None:

@@ -26,7 +26,7 @@ from tests.bench.measure import REVIEW, Measured, Stub, measured, pinned, stub, 
 
 KEYS = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "y", "AWS_REGION": "us-east-1"}
 BATCHRUN = [sys.executable, "-m", "batchrun"]
-CONCURRENCY = 1000
+CONCURRENCY = 2000
 """Requests in flight, as one has workers for."""
 
 
