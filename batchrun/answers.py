@@ -11,9 +11,9 @@ from typing import NamedTuple
 import pyarrow as pa
 
 from batchrun.columns import build
+from batchrun.kept import read_kept
 from batchrun.money import COST_SOURCES, PICO_PER_USD, from_pico
 from batchrun.records import Answer, RowSlots, Slot, StandingAttempt, seconds
-from batchrun.wire import read_kept
 
 _COLUMNS: tuple[tuple[str, pa.DataType], ...] = (
     ("response", pa.string()),

@@ -5,13 +5,15 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Callable, Sequence
-from json.encoder import encode_basestring
 from typing import Any
+
+from msgspec.json import Encoder
 
 # No text of a job can hold it by chance, or on purpose.
 _MARK = f"\ue000{secrets.token_hex(8)}"
 _HOLE = re.compile(rf"{_MARK}[tv](\d+)\ue001")
 _ENCODED = re.compile(rf'"{_MARK}v(\d+)\ue001"|{_MARK}t(\d+)\ue001')
+_escape = Encoder().encode
 
 
 def text_hole(number: int) -> str:
@@ -49,9 +51,13 @@ def filled(document: Any, values: Sequence[Any]) -> Any:
     return [filled(item, values) for item in document] if isinstance(document, list) else document
 
 
-def escaped(values: Sequence[Any]) -> list[str | None]:
-    """The texts of a row as they stand in JSON, within longer ones; None for what is no text."""
-    return [encode_basestring(value)[1:-1] if isinstance(value, str) else None for value in values]
+def escaped(values: Sequence[Any]) -> list[bytes | None]:
+    """The texts of a row as they stand in JSON, within longer ones; None for what is no text.
+
+    Raises:
+        UnicodeEncodeError: one has half of a surrogate pair.
+    """
+    return [_escape(str(value))[1:-1] if isinstance(value, str) else None for value in values]
 
 
 class Form:
@@ -60,7 +66,7 @@ class Form:
     >>> import json
     >>> form = Form({"a": value_hole(0), "b": f"<{text_hole(1)}>"}, json.JSONEncoder(ensure_ascii=False).encode)
     >>> form.json([None, 'x"'], escaped([None, 'x"']))
-    '{"a": null, "b": "<x\\\\">"}'
+    b'{"a": null, "b": "<x\\\\">"}'
 
     Args:
         encode: what makes JSON of the document and of values.
@@ -68,21 +74,25 @@ class Form:
 
     def __init__(self, document: Any, encode: Callable[[Any], str]) -> None:
         self._encode = encode
-        self._first, *rest = _ENCODED.split(encode(document))
+        first, *rest = _ENCODED.split(encode(document))
+        self._first = first.encode()
         self._rest = [
-            (int(value or text), value is not None, after)
+            (int(value or text), value is not None, after.encode())
             for value, text, after in zip(rest[::3], rest[1::3], rest[2::3], strict=True)
         ]
 
-    def json(self, values: Sequence[Any], texts: Sequence[str | None]) -> str:
+    def json(self, values: Sequence[Any], texts: Sequence[bytes | None]) -> bytes:
         """The document with a row's values; the same as if it were encoded as a whole.
 
         Args:
             texts: those of them that are texts, `escaped`; it is the same for all forms.
+
+        Raises:
+            UnicodeEncodeError: a value has half of a surrogate pair.
         """
         parts = [self._first]
         for number, is_value, after in self._rest:
-            text = self._encode(values[number]) if is_value else texts[number]
+            text = self._encode(values[number]).encode() if is_value else texts[number]
             assert text is not None
             parts += (text, after)
-        return "".join(parts)
+        return b"".join(parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 import signal
 import time
@@ -179,7 +180,7 @@ def _ask(context: _Context, rows: int, settled: int, early: EarlyOutput) -> _End
         progress = context.watch(total=total, rows=slots, settled=settled, usd=usd, tokens=tokens)
     try:
         with asyncio.Runner(loop_factory=_new_loop) as runner:
-            ended = runner.run(_drive(context, _chain(first, pending), pricings, budget, progress, early))
+            ended = runner.run(_drive(context, itertools.chain([first], pending), pricings, budget, progress, early))
         if ended.stop is None or ended.stop.exit_code not in _BROKEN:
             check_cap(plan, ledger, current, budget)
         return ended
@@ -219,11 +220,6 @@ def _draw(rows: Iterator[int], number: int) -> set[int]:
         elif (place := random.randrange(count + 1)) < number:
             drawn[place] = row
     return set(drawn)
-
-
-def _chain(first: Request, rest: Iterator[Request]) -> Iterator[Request]:
-    yield first
-    yield from rest
 
 
 async def _drive(

@@ -10,13 +10,13 @@ from pydantic import ValidationError
 
 from batchrun.errors import BatchrunError, JobError
 from batchrun.job import Job
+from batchrun.kept import read_kept
 from batchrun.ledger_view import LedgerView, Run
 from batchrun.plain import plain_rows
 from batchrun.plan import Plan
 from batchrun.records import Answer
 from batchrun.stored import Unpacker, UnpackError
 from batchrun.template import NotRenderedError
-from batchrun.wire import read_kept
 
 
 class Lookup:

@@ -248,12 +248,13 @@ class Plan:
                 row_indices = {slot.row_index for slot in wanted}
                 for row_index, row in enumerate(_plain_rows(batch, self.columns), batch.start):
                     for request in self._requests(row_index, row) if row_index in row_indices else ():
-                        if isinstance(request, Request) and request.slot in wanted:
-                            yield self._gone_on(ledger, run, request, wanted[request.slot])
+                        if isinstance(request, Request) and (slot := request.slot) in wanted:
+                            state = wanted[slot]
+                            yield request if state is None else self._gone_on(ledger, run, request, state)
 
-    def _gone_on(self, ledger: LedgerView, run: Run, request: Request, state: SlotState | None) -> Request:
-        """The next request of a slot that may have been asked before."""
-        if state is None or not state.tries:
+    def _gone_on(self, ledger: LedgerView, run: Run, request: Request, state: SlotState) -> Request:
+        """The next request of a slot that has been asked before, or could not be."""
+        if not state.tries:
             return request
         request = request._replace(tries=state.tries)
         if state.repair is None:

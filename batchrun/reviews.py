@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
+from batchrun.kept import read_kept
 from batchrun.ledger_view import LedgerView, Run, StoredAnswer
 from batchrun.records import Answer, Group, Request, Review, Slot
 from batchrun.structure import Structure
 from batchrun.template import Template
-from batchrun.wire import read_kept
 
 _ROWS_AT_ONCE = 1000
 

@@ -31,6 +31,7 @@ class NotRenderedError(Exception):
 
 _NO_JSON = (ValueError, TypeError, RecursionError, MemoryError)
 """What is raised for what JSON cannot carry."""
+_HALF_A_PAIR = "the prompt has half of a surrogate pair, which no UTF-8 can carry"
 _Renderer = Callable[[Mapping[str, Any]], Any]
 
 
@@ -70,10 +71,10 @@ class _Requests:
         """
         try:
             texts = escaped(values)
-            wire = self._wire.json(values, texts).encode()
-            canonical = self._canonical.json(values, texts).encode() if keyed else b""
+            wire = self._wire.json(values, texts)
+            canonical = self._canonical.json(values, texts) if keyed else b""
         except UnicodeEncodeError:
-            raise NotRenderedError("the prompt has half of a surrogate pair, which no UTF-8 can carry") from None
+            raise NotRenderedError(_HALF_A_PAIR) from None
         except _NO_JSON as exc:
             raise NotRenderedError(f"a parameter cannot be sent as JSON: {exc}") from None
         shape = self._shape or _shape_of(filled(self._body, values))
@@ -218,6 +219,8 @@ class Template:
         body = request_body(self.model, messages, self._parameters, system=self._endpoint.system)
         try:
             return _Requests(body, self._endpoint, self._stream)
+        except UnicodeEncodeError:
+            raise NotRenderedError(_HALF_A_PAIR) from None
         except _NO_JSON as exc:
             raise NotRenderedError(f"it cannot be sent as JSON: {exc}") from None
 

@@ -134,21 +134,6 @@ def read_answer(
     return reader.close()
 
 
-def read_kept(raw: bytes, *, streamed: bool) -> Answer | Failure:
-    """Read an answer that the ledger has kept, for what it says.
-
-    Its usage and its cost, and the flags that hang on them, are what the ledger has, and not those of this answer.
-    """
-    if not streamed:
-        try:
-            document = parse_json(raw)
-        except ValueError:
-            pass
-        else:
-            return _usual_answer(document) or AnswerReader({}, streamed=False).read(document)
-    return read_answer(raw, {}, streamed=streamed)
-
-
 class AnswerReader:
     """Bytes of a 2xx answer in, an `Answer` or a `Failure` out.
 
@@ -257,10 +242,6 @@ class AnswerReader:
             return Failure("malformed", Action.REJECT, f"the answer cannot be read: {exc}")
         except ValueError:
             return self._close_undecodable(raw)
-        return self.read(document)
-
-    def read(self, document: Any) -> Answer | Failure:
-        """The whole answer as parsed JSON, in place of its bytes."""
         document = unwrapped(document)
         if not isinstance(document, dict):
             return self._malformed("the answer is JSON, but no object")
@@ -560,36 +541,6 @@ def _usual_piece(document: Mapping[str, Any]) -> str | None:
         return None
     content = delta.get("content")
     return content if type(content) is str else None
-
-
-_OTHER_FORMS = frozenset({"error", "event", "x_groq"})
-_NOTHING: tuple[object, ...] = (None, "", [])
-_BESIDE_TEXT = frozenset(
-    {"reasoning_content", "reasoning", "reasoning_details", "refusal", "tool_calls", "function_call"}
-)
-
-
-def _usual_answer(document: Any) -> Answer | None:
-    """What a document says, but for its counts, that brings a text and nothing else, as nearly all do."""
-    if type(document) is not dict or _has_any(document, _OTHER_FORMS):
-        return None
-    choices, model, answer_id = document.get("choices"), document.get("model"), document.get("id")
-    if type(choices) is not list or len(choices) != 1 or type(choice := choices[0]) is not dict:
-        return None
-    if choice.get("index") != 0 or choice.get("finish_reason") != "stop" or choice.get("error") or "delta" in choice:
-        return None
-    message = choice.get("message")
-    if type(message) is not dict or _has_any(message, _BESIDE_TEXT):
-        return None
-    text = message.get("content")
-    if not (type(text) is type(model) is type(answer_id) is str and text.strip() and model and answer_id):
-        return None
-    return Answer(sound(text), "stop", "stop", model=sound(model), answer_id=sound(answer_id))
-
-
-def _has_any(document: Mapping[str, object], names: frozenset[str]) -> bool:
-    """True if any of them says something."""
-    return not names.isdisjoint(document) and any(document.get(name) not in _NOTHING for name in names)
 
 
 def _first_choice(choices: Sequence[object]) -> Mapping[str, Any] | None:

@@ -190,3 +190,20 @@ def test_what_json_cannot_carry_fails_its_row_or_the_job() -> None:
     assert "cannot be sent as JSON" in refusal({**ROW, "messages": stored}, prompt={"messages_column": "messages"})
     with pytest.raises(JobError, match="cannot be sent as JSON"):
         template(parameters={"x": float("inf")})
+
+
+def test_a_text_is_written_as_json_itself_writes_it() -> None:
+    """Character by character: the keys of the answers that ledgers hold depend on it."""
+    every = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
+    asked = template(prompt="<{{ review }}>")
+    for start in range(0, len(every), 8192):
+        text = "".join(every[start : start + 8192])
+        document = {"model": "m", "messages": [{"role": "user", "content": f"<{text}>"}]}
+        expected = json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
+        assert asked.request(0, {**ROW, "review": text}).body == expected
+
+
+def test_half_of_a_surrogate_pair_fails_its_row_wherever_it_stands() -> None:
+    stored = [{"role": "user", "content": "\ud800"}]
+    assert "surrogate" in refusal({**ROW, "messages": stored}, prompt={"messages_column": "messages"})
+    assert "surrogate" in refusal({**ROW, "review": "\ud800"}, parameters={"stop": "{{ review }}"})

@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 
 from batchrun import wire
 from batchrun.failures import parse_retry_after, read_failure
+from batchrun.kept import read_kept
 from batchrun.money import PICO_PER_USD, from_pico, to_pico, usd_text
 from batchrun.prices import Price
 from batchrun.records import Action, Answer, Failure
 from batchrun.sse import EventParser
 from batchrun.usage import Usage, count, merge, read_usage, settle
-from batchrun.wire import AnswerReader, read_answer, read_kept, request_body
+from batchrun.wire import AnswerReader, read_answer, request_body
 
 CASES = [
     json.loads(line)
