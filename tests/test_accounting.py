@@ -99,13 +99,13 @@ def storm(work: Workspace, provide: Provide, seed: int, rows: int, concurrency: 
 
 
 def test_a_cap_weathers_a_storm(work: Workspace, provide: Provide) -> None:
-    storm(work, provide, seed=0, rows=300, concurrency=50)
+    storm(work, provide, seed=0, rows=200, concurrency=50)
 
 
 @pytest.mark.parametrize("bill", ["mix", "none"])
 def test_a_cap_holds_where_the_cost_is_only_derived(work: Workspace, provide: Provide, bill: str) -> None:
     """The provider charges 1.3 of what the library says, and tells it now and then or never."""
-    storm(work, provide, seed=1, rows=200, concurrency=50, bill=bill, models=None)
+    storm(work, provide, seed=1, rows=120, concurrency=30, bill=bill, models=None)
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ def _call(name: str, folder: Path, **arguments: object) -> tuple[int, str]:
 
 @pytest.mark.parametrize(
     ("what", "part", "parts"),
-    [("kill", 0, 10), ("fail", 0, 12), ("full", 3, 12)],
+    [("kill", 0, 15), ("fail", 0, 18), ("full", 3, 18)],
 )
 def test_broken_off_at_every_step(quick_path: Path, what: str, part: int, parts: int) -> None:
     code, stderr = _call("break_off", quick_path, kind="capped", what=what, part=part, parts=parts)
@@ -28,7 +28,7 @@ def test_broken_off_at_every_step(quick_path: Path, what: str, part: int, parts:
 
 @pytest.mark.parametrize("kind", KINDS[:2])
 def test_a_power_cut_after_a_step(quick_path: Path, kind: str) -> None:
-    code, stderr = _call("cut_the_power", quick_path, kind=kind, parts=28)
+    code, stderr = _call("cut_the_power", quick_path, kind=kind, parts=40)
     assert code == 0, stderr
 
 

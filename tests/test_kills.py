@@ -95,8 +95,8 @@ def kill_until_done(work: Workspace, provider: FakeProvider, chance: random.Rand
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_few_kills(work: Workspace, provide: Provide, kind: str) -> None:
-    provider = prepare(work, provide, kind, rows=300, seed=1)
-    kill_until_done(work, provider, random.Random(kind), kills=6, rows=300)
+    provider = prepare(work, provide, kind, rows=150, seed=1)
+    kill_until_done(work, provider, random.Random(kind), kills=4, rows=150)
 
 
 @pytest.mark.slow
@@ -136,7 +136,7 @@ def signals(process: subprocess.Popen[str], numbers: list[signal.Signals], chanc
     ids=["TERM", "INT", "INT twice", "TERM twice"],
 )
 def test_signals_at_random_moments(work: Workspace, provide: Provide, numbers: list[signal.Signals]) -> None:
-    provider = prepare(work, provide, "plain", rows=700, seed=3)
+    provider = prepare(work, provide, "plain", rows=400, seed=3)
     chance = random.Random(str(numbers))
     with work.start("job.yaml") as process:
         signals(process, numbers, chance)

@@ -551,7 +551,7 @@ HOSTILE = {
     "nested 100,000 objects deep": '{"more":' * 100_000 + "1" + "}" * 100_000,
     "nested 900 deep": '{"name": "a", "more": ' + "[" * 900 + "]" * 900 + "}",
     "nested deeply where text is wanted": '{"name": ' + "[" * 900 + "]" * 900 + "}",
-    "many lists": '{"name": "a", "more": [' + "[]," * 300_000 + "]}",
+    "many lists": '{"name": "a", "more": [' + "[]," * 100_000 + "]}",
     "unclosed strings": '{"' * 900_000,
     "unclosed comments": "{/*}" * 450_000,
     "unclosed quotes": "{“}" * 600_000,
